@@ -1,0 +1,61 @@
+"""torch.compile: the whole decode step, sampling included, as one compiled graph.
+
+Prompts run as plain PyTorch: large matrix products gain nothing from being compiled, and every length
+of chunk would be compiled anew.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import types
+from collections.abc import Sequence
+from functools import partial
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from rwkv_runtime import Backend, Forward, Model, Tick, hookimpl
+
+
+class Compile(Backend):
+    name = "compile"
+    summary = "the whole decode step through torch.compile; slow to start the first time"
+    priority = 10
+
+    def why_not(self, model: Model | None) -> str | None:
+        if not torch._dynamo.is_dynamo_supported():
+            return "torch.compile does not support this Python"
+        if model is not None and model.device.type == "cuda":
+            return None if find_spec("triton") else "Triton is not installed"
+        compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
+        return None if compiler and shutil.which(compiler) else "no C++ compiler found; install g++ or clang++"
+
+    def forward(self, model: Model) -> Forward:
+        return partial(model.architecture.forward, model.architecture.ops, model.weights)
+
+    def freeze(self, tick: Tick, buffers: Sequence[Tensor]) -> Tick:
+        saved = [buffer.clone() for buffer in buffers]
+        compiled: Tick = torch.compile(_own_code(tick), fullgraph=True, dynamic=False)
+        compiled()  # compiles now, so that a failure shows here
+        for buffer, value in zip(buffers, saved, strict=True):
+            buffer.copy_(value)
+        return compiled
+
+
+def _own_code(tick: Tick) -> Tick:
+    """The same closure with a code object of its own.
+
+    Dynamo counts recompilations by code object; ticks of several models and batch sizes, all made by one
+    line of the engine, would use up one limit together.
+    """
+    if not isinstance(tick, types.FunctionType):
+        return tick
+    code = tick.__code__.replace(co_name=f"tick_{id(tick)}")
+    return types.FunctionType(code, tick.__globals__, code.co_name, tick.__defaults__, tick.__closure__)
+
+
+@hookimpl
+def rwkv_backends() -> list[Backend]:
+    return [Compile()]

@@ -1,0 +1,1 @@
+"""Architectures that come with rwkv-runtime."""

@@ -1,0 +1,316 @@
+"""RWKV-6 (x060): checkpoint names, sizes and forward pass.
+
+Peng et al., "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence", arXiv:2404.05892.
+Annotations here are real types, not strings: torch.jit.script reads them.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rwkv_layers import rwkv6_reference
+from rwkv_layers.wkv6 import wkv_chunked, wkv_step
+from rwkv_runtime import Architecture, CheckpointError, ModelConfig, Place, State, TensorSpec, hookimpl
+
+RESCALE_EVERY = 6
+"""In float16 the residual stream is halved every so many layers, so that it stays in range."""
+EMBEDDING_ROWS = 4096
+"""Rows of the embedding normalised at a time, so that folding needs little memory."""
+
+
+class TimeMixing(NamedTuple):
+    """R and D are the ranks of the shift's and the decay's adapters."""
+
+    maa_x: Tensor  # [C]
+    maa: Tensor  # [5, 1, C]: w, k, v, r, g
+    maa_w1: Tensor  # [5R, C]
+    maa_w2: Tensor  # [5, R, C]
+    decay: Tensor  # [C] float32
+    decay_w1: Tensor  # [D, C]
+    decay_w2: Tensor  # [C, D]
+    bonus: Tensor  # [H, N] float32
+    receptance: Tensor  # [C, C]
+    key: Tensor  # [C, C]
+    value: Tensor  # [C, C]
+    gate: Tensor  # [C, C]
+    output: Tensor  # [C, C]
+    ln_x_weight: Tensor  # [C] float32
+    ln_x_bias: Tensor  # [C] float32
+
+
+class ChannelMixing(NamedTuple):
+    maa_k: Tensor  # [C]
+    maa_r: Tensor  # [C]
+    key: Tensor  # [F, C]
+    value: Tensor  # [C, F]
+    receptance: Tensor  # [C, C]
+
+
+class Norm(NamedTuple):
+    weight: Tensor  # [C]
+    bias: Tensor  # [C]
+
+
+class Block(NamedTuple):
+    ln1: Norm
+    att: TimeMixing
+    ln2: Norm
+    ffn: ChannelMixing
+
+
+class Weights(NamedTuple):
+    emb: Tensor  # [V, C], ln0 folded in
+    blocks: tuple[Block, ...]
+    ln_out: Norm
+    head: Tensor  # [V, C]
+    rescaled: bool
+
+
+def shift(x: Tensor, x_prev: Tensor) -> Tensor:
+    """Token shift: what each place sees of the one before it, minus itself. [B, T, C], [B, C] -> [B, T, C]."""
+    if x.shape[1] == 1:
+        return x_prev.unsqueeze(1) - x
+    return torch.cat([x_prev.unsqueeze(1), x[:, :-1]], dim=1) - x
+
+
+def time_mixing(x: Tensor, x_prev: Tensor, kv: Tensor, w: TimeMixing) -> tuple[Tensor, Tensor, Tensor]:
+    """x [B, T, C], x_prev [B, C], kv float32 [B, H, N, N] -> output [B, T, C], next x_prev, next kv."""
+    B, T, C = x.shape
+    H, N = w.bonus.shape
+    dx = shift(x, x_prev)
+    lora = torch.tanh(F.linear(x + dx * w.maa_x, w.maa_w1)).view(B * T, 5, -1).transpose(0, 1)  # [5, B*T, R]
+    mix = (torch.bmm(lora, w.maa_w2) + w.maa).view(5, B, T, C)
+    xw, xk, xv, xr, xg = torch.addcmul(x, dx, mix).unbind(0)
+    raw = F.linear(torch.tanh(F.linear(xw, w.decay_w1)), w.decay_w2).float() + w.decay
+    log_w = -torch.exp(raw).view(B, T, H, N)
+    r = F.linear(xr, w.receptance).float().view(B, T, H, N)
+    k = F.linear(xk, w.key).float().view(B, T, H, N)
+    v = F.linear(xv, w.value).float().view(B, T, H, N)
+    gate = F.silu(F.linear(xg, w.gate))
+    if T == 1:
+        out, kv = wkv_step(r, k, v, log_w, w.bonus, kv)
+    else:
+        out, kv = wkv_chunked(r, k, v, log_w, w.bonus, kv)
+    out = F.group_norm(out.reshape(B * T, C), H, w.ln_x_weight, w.ln_x_bias, eps=64e-5)
+    return F.linear(out.view(B, T, C).to(x.dtype) * gate, w.output), x[:, -1], kv
+
+
+def channel_mixing(x: Tensor, x_prev: Tensor, w: ChannelMixing) -> tuple[Tensor, Tensor]:
+    """x [B, T, C], x_prev [B, C] -> output [B, T, C], next x_prev."""
+    dx = shift(x, x_prev)
+    k = torch.relu(F.linear(x + dx * w.maa_k, w.key)) ** 2
+    r = torch.sigmoid(F.linear(x + dx * w.maa_r, w.receptance))
+    return r * F.linear(k, w.value), x[:, -1]
+
+
+class RWKV6(Architecture):
+    name = "rwkv6"
+    summary = "RWKV-6 (x060, Finch)"
+    ops = {"time_mixing": time_mixing, "channel_mixing": channel_mixing}
+
+    def why_not(self, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+        def first(part: str) -> str | None:
+            return next((name for name in shapes if part in name), None)
+
+        for part, version in ((".att.r_k", "RWKV-7"), (".att.x_r", "RWKV-7")):
+            if found := first(part):
+                return f"it looks like {version}: it has {found}"
+        if first(".att.time_maa_"):
+            return None
+        if found := first(".att.time_mix_"):
+            return f"it looks like RWKV-{'5' if first('.att.ln_x') else '4'}: it has {found}"
+        return "it has no blocks.*.att.time_maa_* tensors"
+
+    def config(self, shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:
+        shape = _Shapes(shapes)
+        layers = 1
+        while any(name.startswith(f"blocks.{layers}.") for name in shapes):
+            layers += 1
+        V, C = shape.get("emb.weight", 2)
+        H, N = shape.get("blocks.0.att.time_faaaa", 2)
+        ranks = {
+            "maa": shape.get("blocks.0.att.time_maa_w2", 3)[1],
+            "decay": shape.get("blocks.0.att.time_decay_w1", 2)[1],
+        }
+        width = shape.get("blocks.0.ffn.key.weight", 2)[0]
+        config = ModelConfig(layers, C, H, N, width, V, ranks)
+        shape.expect("blocks.0.att.time_faaaa", (H, C // H if C % H == 0 else N))
+        for name, expected in _expected(config).items():
+            shape.expect(name, expected)
+        return config
+
+    def weights(
+        self, tensors: Mapping[str, Tensor], config: ModelConfig, place: Place, dtype: torch.dtype
+    ) -> Weights:
+        def norm(name: str) -> Norm:
+            return Norm(*(place(f"{name}.{part}", tensors[f"{name}.{part}"]) for part in ("weight", "bias")))
+
+        rescaled = dtype == torch.float16
+        emb = _normalised_embedding(tensors, place, dtype)
+        blocks = []
+        for i in range(config.n_layer):
+            scale = 2.0 ** -(i // RESCALE_EVERY) if rescaled else 1.0
+            att = _time_mixing_weights(tensors, f"blocks.{i}.att.", config, place, scale)
+            ffn = _channel_mixing_weights(tensors, f"blocks.{i}.ffn.", place, scale)
+            blocks.append(Block(norm(f"blocks.{i}.ln1"), att, norm(f"blocks.{i}.ln2"), ffn))
+        head = place("head.weight", tensors["head.weight"])
+        return Weights(emb, tuple(blocks), norm("ln_out"), head, rescaled)
+
+    def state_spec(self, config: ModelConfig, dtype: torch.dtype) -> dict[str, TensorSpec]:
+        return {
+            "att_x_prev": TensorSpec((config.n_embd,), dtype),
+            "att_kv": TensorSpec((config.n_head, config.head_size, config.head_size), torch.float32),
+            "ffn_x_prev": TensorSpec((config.n_embd,), dtype),
+        }
+
+    def initial_state(self, tensors: Mapping[str, Tensor], config: ModelConfig, place: Place) -> dict[str, Tensor]:
+        """The WKV state of a state-tuned file, which keeps it as [H, V, K]."""
+        names = [f"blocks.{i}.att.time_state" for i in range(config.n_layer)]
+        if names[0] not in tensors:
+            return {}
+        layers = [place(name, tensors[name], torch.float32).transpose(1, 2) for name in names]
+        return {"att_kv": torch.stack(layers)}
+
+    def forward(
+        self,
+        ops: Mapping[str, Callable[..., Any]],
+        weights: Weights,
+        tokens: Tensor,
+        state: State,
+        every: bool = False,
+    ) -> Tensor:
+        time_mixing, channel_mixing = ops["time_mixing"], ops["channel_mixing"]
+        x = F.embedding(tokens, weights.emb)  # [B, T, C]
+        size = x.shape[-1:]
+        for i, block in enumerate(weights.blocks):
+            att_x, att_kv, ffn_x = state["att_x_prev"][i], state["att_kv"][i], state["ffn_x_prev"][i]
+            y, x_prev, kv = time_mixing(F.layer_norm(x, size, *block.ln1), att_x, att_kv, block.att)
+            att_x.copy_(x_prev)
+            att_kv.copy_(kv)
+            x = x + y
+            y, x_prev = channel_mixing(F.layer_norm(x, size, *block.ln2), ffn_x, block.ffn)
+            ffn_x.copy_(x_prev)
+            x = x + y
+            if weights.rescaled and (i + 1) % RESCALE_EVERY == 0:
+                x = x / 2
+        if not every:
+            x = x[:, -1]
+        return F.linear(F.layer_norm(x, size, *weights.ln_out), weights.head).float()
+
+    def sizes(self, n_layer: int, n_embd: int, vocab_size: int, head_size: int = 64) -> ModelConfig:
+        ranks = {"maa": 32, "decay": 64} if n_embd < 4096 else {"maa": 64, "decay": 128}
+        width = int(n_embd * 3.5) // 32 * 32
+        return ModelConfig(n_layer, n_embd, n_embd // head_size, head_size, width, vocab_size, ranks)
+
+    def random(
+        self, config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32
+    ) -> dict[str, Tensor]:
+        return rwkv6_reference.random_checkpoint(_expected(config), seed, dtype)
+
+    def reference(self, tensors: Mapping[str, Tensor], tokens: Sequence[int]) -> Tensor:
+        config = self.config({name: tuple(t.shape) for name, t in tensors.items()})
+        return rwkv6_reference.logits(tensors, config, tokens)
+
+
+class _Shapes:
+    """Shapes of a file's tensors, axes of length one left out: files differ in where they keep those."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.shapes = shapes
+
+    def get(self, name: str, axes: int) -> tuple[int, ...]:
+        if name not in self.shapes:
+            raise CheckpointError(f"tensor {name} is missing")
+        if len(self.shapes[name]) != axes or 0 in self.shapes[name]:
+            raise CheckpointError(f"tensor {name} is {list(self.shapes[name])}, not of {axes} axes")
+        return self.shapes[name]
+
+    def expect(self, name: str, expected: tuple[int, ...]) -> None:
+        if name not in self.shapes:
+            raise CheckpointError(f"tensor {name} is missing")
+        actual = self.shapes[name]
+        if [n for n in actual if n != 1] != [n for n in expected if n != 1]:
+            raise CheckpointError(f"tensor {name} is {list(actual)}, it should be {list(expected)}")
+
+
+def _expected(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a checkpoint of these sizes, with its shape."""
+    C, F_, V = config.n_embd, config.n_ffn, config.vocab_size
+    R, D = config.ranks["maa"], config.ranks["decay"]
+    shapes: dict[str, tuple[int, ...]] = {"emb.weight": (V, C), "head.weight": (V, C)}
+    norms = ["blocks.0.ln0", "ln_out"]
+    for i in range(config.n_layer):
+        att, ffn = f"blocks.{i}.att.", f"blocks.{i}.ffn."
+        norms += [f"blocks.{i}.ln1", f"blocks.{i}.ln2", f"{att}ln_x"]
+        shapes |= {f"{att}time_maa_{part}": (C,) for part in "xwkvrg"}
+        shapes |= {f"{att}{part}.weight": (C, C) for part in ("receptance", "key", "value", "gate", "output")}
+        shapes |= {f"{att}time_maa_w1": (C, 5 * R), f"{att}time_maa_w2": (5, R, C)}
+        shapes |= {f"{att}time_decay": (C,), f"{att}time_decay_w1": (C, D), f"{att}time_decay_w2": (D, C)}
+        shapes[f"{att}time_faaaa"] = (config.n_head, config.head_size)
+        shapes |= {f"{ffn}time_maa_{part}": (C,) for part in "kr"}
+        shapes |= {f"{ffn}key.weight": (F_, C), f"{ffn}value.weight": (C, F_), f"{ffn}receptance.weight": (C, C)}
+    return shapes | {f"{norm}.{part}": (C,) for norm in norms for part in ("weight", "bias")}
+
+
+def _normalised_embedding(tensors: Mapping[str, Tensor], place: Place, dtype: torch.dtype) -> Tensor:
+    emb = tensors["emb.weight"]
+    ln0 = [tensors[f"blocks.0.ln0.{part}"].float() for part in ("weight", "bias")]
+    folded = torch.empty(emb.shape, dtype=dtype)
+    for start in range(0, emb.shape[0], EMBEDDING_ROWS):
+        rows = emb[start : start + EMBEDDING_ROWS].float()
+        folded[start : start + EMBEDDING_ROWS] = F.layer_norm(rows, rows.shape[1:], *ln0)
+    return place("emb.weight (with blocks.0.ln0)", folded)
+
+
+def _time_mixing_weights(
+    tensors: Mapping[str, Tensor], prefix: str, config: ModelConfig, place: Place, scale: float
+) -> TimeMixing:
+    def take(name: str, dtype: torch.dtype | None = None) -> Tensor:
+        return place(prefix + name, tensors[prefix + name], dtype)
+
+    def vector(name: str, dtype: torch.dtype | None = None) -> Tensor:
+        return take(name, dtype).view(-1)
+
+    fp32 = torch.float32
+    output = tensors[prefix + "output.weight"]
+    return TimeMixing(
+        maa_x=vector("time_maa_x"),
+        maa=torch.stack([vector(f"time_maa_{part}") for part in "wkvrg"]).unsqueeze(1),
+        maa_w1=take("time_maa_w1").t().contiguous(),
+        maa_w2=take("time_maa_w2"),
+        decay=vector("time_decay", fp32),
+        decay_w1=take("time_decay_w1").t().contiguous(),
+        decay_w2=take("time_decay_w2").t().contiguous(),
+        bonus=take("time_faaaa", fp32).view(config.n_head, config.head_size),
+        receptance=take("receptance.weight"),
+        key=take("key.weight"),
+        value=take("value.weight"),
+        gate=take("gate.weight"),
+        output=place(prefix + "output.weight", output * scale if scale != 1.0 else output),
+        ln_x_weight=take("ln_x.weight", fp32),
+        ln_x_bias=take("ln_x.bias", fp32),
+    )
+
+
+def _channel_mixing_weights(
+    tensors: Mapping[str, Tensor], prefix: str, place: Place, scale: float
+) -> ChannelMixing:
+    def take(name: str) -> Tensor:
+        return place(prefix + name, tensors[prefix + name])
+
+    value = tensors[prefix + "value.weight"]
+    return ChannelMixing(
+        maa_k=take("time_maa_k").view(-1),
+        maa_r=take("time_maa_r").view(-1),
+        key=take("key.weight"),
+        value=place(prefix + "value.weight", value * scale if scale != 1.0 else value),
+        receptance=take("receptance.weight"),
+    )
+
+
+@hookimpl
+def rwkv_architectures() -> list[Architecture]:
+    return [RWKV6()]

@@ -1,0 +1,202 @@
+"""Files -> tensors -> Model: memory-mapped, checked, and never running code from a file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rwkv_runtime.errors import CheckpointError
+from rwkv_runtime.model import Architecture, Model
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+MAX_INDEX = 64 << 20  # bytes of a pickle or a safetensors header; real ones take well under one megabyte
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all)."""
+
+
+def open_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a `.pth` (zip) or `.safetensors` file, memory-mapped on the CPU.
+
+    Which of the two it is, is read from the file, not from its name. Raises CheckpointError.
+    """
+    path = Path(path)
+    size = _size(path)
+    with path.open("rb") as file:
+        head = file.read(9)
+    if head.startswith(b"PK\x03\x04"):
+        tensors = _open_zip(path)
+    elif size > 9 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 40:
+        tensors = _open_safetensors(path, size)
+    elif head[:1] == b"\x80":
+        raise CheckpointError(
+            f"{path}: a bare pickle, which could run code; save the weights with a current torch.save or as safetensors"
+        )
+    else:
+        raise CheckpointError(f"{path}: not a checkpoint; a .pth or .safetensors file with RWKV weights is expected")
+    return _check_tensors(path, size, tensors)
+
+
+def _size(path: Path) -> int:
+    if path.is_dir():
+        raise CheckpointError(f"{path}: a directory; give the .pth or .safetensors file in it")
+    try:
+        size = path.stat().st_size
+        with path.open("rb"):
+            pass
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    if size == 0:
+        raise CheckpointError(f"{path}: the file is empty; was the download interrupted?")
+    return size
+
+
+def _open_zip(path: Path) -> Mapping[str, object]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        raise CheckpointError(f"{path}: truncated or damaged (its zip directory is missing); fetch it again") from None
+    index = [e for e in entries if e.filename.endswith("/data.pkl")]
+    if len(index) != 1:
+        raise CheckpointError(f"{path}: a zip archive, but not one that torch.save wrote")
+    if index[0].file_size > MAX_INDEX or any(e.compress_type != zipfile.ZIP_STORED for e in entries):
+        raise CheckpointError(f"{path}: not a checkpoint as torch.save writes it (compressed, or its index is huge)")
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        raise CheckpointError(
+            f"{path}: its pickle asks for more than tensors, which could run code; refused. "
+            "Save the state dict alone, or as safetensors"
+        ) from None
+    except Exception as error:  # torch raises a dozen types for damaged archives
+        raise CheckpointError(f"{path}: truncated or damaged ({_first_line(error)}); fetch it again") from None
+    if not isinstance(loaded, Mapping):
+        raise CheckpointError(f"{path}: holds a {type(loaded).__name__}, not a dictionary of tensors")
+    return loaded
+
+
+def _open_safetensors(path: Path, size: int) -> Mapping[str, object]:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(MAX_INDEX, size - 8):
+            raise CheckpointError(f"{path}: truncated or damaged (its header is longer than the file); fetch it again")
+        try:
+            header = json.loads(file.read(length))
+            end = max(t["data_offsets"][1] for name, t in header.items() if name != "__metadata__")
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+            raise CheckpointError(f"{path}: its safetensors header is damaged; fetch it again") from None
+    if not isinstance(end, int) or size < 8 + length + end:
+        raise CheckpointError(f"{path}: truncated: {size:,} bytes of {8 + length + end:,}; fetch it again")
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
+    except (SafetensorError, RuntimeError, ValueError, TypeError, OSError) as error:
+        raise CheckpointError(f"{path}: its safetensors header is damaged ({_first_line(error)})") from None
+
+
+def _check_tensors(path: Path, size: int, loaded: Mapping[str, object]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name, t in loaded.items():
+        if not isinstance(name, str) or not isinstance(t, Tensor):
+            hint = f"{name!r} is a {type(t).__name__}"
+            raise CheckpointError(f"{path}: not a dictionary of tensors ({hint}); save the state dict alone")
+        if t.layout != torch.strided or t.device.type != "cpu" or t.dtype not in FLOATS:
+            kind = str(t.dtype).removeprefix("torch.")
+            raise CheckpointError(f"{path}: tensor {name} is {kind}; dense float32, bfloat16 or float16 is expected")
+        if t.numel() * t.element_size() > t.untyped_storage().nbytes():  # a stride of 0 claims any size for free
+            raise CheckpointError(f"{path}: tensor {name} claims {list(t.shape)}, more than the file holds")
+        tensors[name] = t.detach()
+    if sum(t.numel() * t.element_size() for t in tensors.values()) > 2 * size:
+        raise CheckpointError(f"{path}: its tensors claim more than the file holds")
+    if not tensors:
+        raise CheckpointError(f"{path}: holds no tensors")
+    return tensors
+
+
+def check_sha256(path: str | os.PathLike[str], expected: str) -> None:
+    """Raises CheckpointError unless the file's SHA-256 is `expected` (hexadecimal)."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != expected.strip().lower():
+        raise CheckpointError(f"{path}: its SHA-256 is {digest.hexdigest()}, not {expected}; fetch it again")
+
+
+def find_architecture(
+    tensors: Mapping[str, Tensor], architectures: Iterable[Architecture], source: str
+) -> Architecture:
+    """The architecture that knows these tensors. Raises CheckpointError with each one's reason."""
+    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+    reasons = []
+    for architecture in architectures:
+        reason = architecture.why_not(shapes)
+        if reason is None:
+            return architecture
+        reasons.append(f"{architecture.name}: {reason}")
+    raise CheckpointError(f"{source}: no architecture here can run it ({'; '.join(reasons) or 'there are none'})")
+
+
+def build_model(
+    tensors: Mapping[str, Tensor],
+    architectures: Iterable[Architecture],
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    source: str = "checkpoint",
+    progress: Progress | None = None,
+) -> Model:
+    """Puts a model together on a device. dtype None: the file's own. Raises CheckpointError."""
+    architecture = find_architecture(tensors, architectures, source)
+    try:
+        config = architecture.config({name: tuple(t.shape) for name, t in tensors.items()})
+        dtype = dtype or _own_dtype(tensors)
+        place = _Placer(device, dtype, sum(t.numel() for t in tensors.values()), progress)
+        weights = architecture.weights(tensors, config, place, dtype)
+        initial = architecture.initial_state(tensors, config, place)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from None
+    return Model(architecture, config, weights, device, dtype, initial, source)
+
+
+def _own_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    sizes: dict[torch.dtype, int] = {}
+    for t in tensors.values():
+        sizes[t.dtype] = sizes.get(t.dtype, 0) + t.numel()
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+class _Placer:
+    """Moves one tensor at a time, so that loading needs hardly more memory than the model."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, total: int, progress: Progress | None) -> None:
+        self.device, self.dtype = device, dtype
+        self.total, self.done, self.progress = total, 0, progress
+
+    def __call__(self, name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        placed = tensor.to(device=self.device, dtype=dtype or self.dtype).contiguous()
+        low, high = torch.aminmax(placed)  # one pass, no copy; NaN propagates
+        if not bool(torch.isfinite(low) & torch.isfinite(high)):
+            if bool(torch.isfinite(tensor).all()):
+                raise CheckpointError(f"tensor {name} does not fit {placed.dtype}; use bfloat16 or float32")
+            raise CheckpointError(f"tensor {name} holds NaN or infinity; the file is damaged")
+        self.done += tensor.numel()
+        if self.progress:
+            self.progress(self.done, self.total)
+        return placed
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -1,0 +1,204 @@
+"""Discovery of plugins: what each offers, and why a broken one is broken."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Generic, TypeVar
+
+import pluggy
+
+from rwkv_runtime import hooks
+from rwkv_runtime.backend import Backend
+from rwkv_runtime.errors import OptionError, PluginError
+from rwkv_runtime.model import Architecture
+from rwkv_runtime.sampler import Chain, Sampler
+
+T = TypeVar("T")
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+HOME = "rwkv-runtime"
+
+
+class Registry(Generic[T]):
+    """Named things of one kind; a name is given once."""
+
+    def __init__(self, kind: str, base: type[T]) -> None:
+        self.kind = kind
+        self.base = base
+        self._items: dict[str, T] = {}
+        self._owners: dict[str, str] = {}
+
+    def __iter__(self) -> Iterable[T]:  # type: ignore[misc]
+        return iter(self._items.values())
+
+    def names(self) -> list[str]:
+        return list(self._items)
+
+    def owner(self, name: str) -> str:
+        """The plugin that offers this name."""
+        return self._owners[name]
+
+    def check(self, item: object) -> T:
+        """The item, fit to be added. Raises PluginError with the reason where it is not."""
+        if not isinstance(item, self.base):
+            hint = "the class itself, not an instance" if isinstance(item, type) else f"a {type(item).__name__}"
+            raise PluginError(f"it offers {hint} where a {self.base.__name__} is expected")
+        name = getattr(item, "name", None)
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise PluginError(f"a {self.kind}'s name is lower-case letters, digits, '.', '_', '-', not {name!r}")
+        if name in self._items:
+            raise PluginError(f"{self.kind} {name!r} is already offered by {self._owners[name]}")
+        return item
+
+    def add(self, item: T, owner: str) -> None:
+        name: str = self.check(item).name  # type: ignore[attr-defined]
+        self._items[name] = item
+        self._owners[name] = owner
+
+    def get(self, name: str) -> T:
+        """Raises OptionError that names the nearest one there is."""
+        if name in self._items:
+            return self._items[name]
+        near = get_close_matches(name, self._items, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(self._items) or 'none'}"
+        raise OptionError(f"there is no {self.kind} {name!r}; {hint}")
+
+
+@dataclass
+class Plugin:
+    """One plugin: where it came from, what it offers (kind -> names), or what is wrong with it."""
+
+    name: str
+    distribution: str
+    version: str
+    offers: dict[str, list[str]] = field(default_factory=dict)
+    problem: str | None = None
+
+
+class Plugins:
+    """All plugins of one run. Build it with `load()`, or with `empty()` and `register()`."""
+
+    def __init__(self) -> None:
+        self.architectures: Registry[Architecture] = Registry("architecture", Architecture)  # type: ignore[type-abstract]
+        self.backends: Registry[Backend] = Registry("backend", Backend)  # type: ignore[type-abstract]
+        self.samplers: Registry[Sampler] = Registry("sampler", Sampler)
+        self.plugins: list[Plugin] = []
+        self._staged: list[tuple[Registry[Any], Any]] = []
+        self._manager = pluggy.PluginManager(hooks.PROJECT)
+        self._manager.add_hookspecs(hooks)
+        for hook, registry in self._hooks().items():
+            stage = self._stage(registry)
+            getattr(self._manager.hook, hook).call_historic(result_callback=stage)
+
+    def _hooks(self) -> dict[str, Registry[Any]]:
+        return {
+            "rwkv_architectures": self.architectures,
+            "rwkv_backends": self.backends,
+            "rwkv_samplers": self.samplers,
+        }
+
+    def _stage(self, registry: Registry[Any]) -> Callable[[Iterable[Any]], None]:
+        def stage(items: Iterable[Any]) -> None:
+            try:
+                offered = list(items)
+            except TypeError:
+                raise PluginError(f"its hook returns a {type(items).__name__}, not {registry.kind}s") from None
+            for item in offered:
+                registry.check(item)
+                if any(r is registry and i.name == item.name for r, i in self._staged):
+                    raise PluginError(f"it offers {registry.kind} {item.name!r} twice")
+                self._staged.append((registry, item))
+
+        return stage
+
+    @classmethod
+    def empty(cls) -> Plugins:
+        """No plugin at all; `register` adds them one by one."""
+        return cls()
+
+    @classmethod
+    def load(cls, environ: Mapping[str, str] | None = None) -> Plugins:
+        """Every installed plugin: built-ins first, then the others by name.
+
+        The variable RWKV_PLUGINS (`a,b`) admits only the named third-party plugins; empty admits none.
+        """
+        plugins = cls()
+        allowed = (os.environ if environ is None else environ).get("RWKV_PLUGINS")
+        names = None if allowed is None else {name.strip() for name in allowed.split(",")}
+        found = {(e.name, e.value, _distribution(e)[0]): e for e in entry_points(group=hooks.PROJECT)}
+        for entry in sorted(found.values(), key=lambda e: (_distribution(e)[0] != HOME, e.name)):
+            if _distribution(entry)[0] == HOME or names is None or entry.name in names:
+                plugins._load(entry)
+        return plugins
+
+    def _load(self, entry: EntryPoint) -> None:
+        distribution, version = _distribution(entry)
+        try:
+            plugin = entry.load()
+        except Exception as error:  # whatever a stranger's module raises at import costs only that plugin
+            problem = f"cannot be imported: {_reason(error)}"
+            self.plugins.append(Plugin(entry.name, distribution, version, problem=problem))
+        else:
+            self.register(plugin, entry.name, distribution, version)
+
+    def register(self, plugin: object, name: str, distribution: str = "", version: str = "") -> Plugin:
+        """Adds all that a plugin offers, or nothing of it; the record says which."""
+        record = Plugin(name, distribution, version)
+        self.plugins.append(record)
+        self._staged.clear()
+        try:
+            self._manager.register(plugin, name=f"{distribution}:{name}")
+            self._check_hook_names(plugin)
+        except Exception as error:  # whatever a stranger's hook raises costs only that plugin
+            record.problem = str(error) if isinstance(error, PluginError) else f"its hook raised {_reason(error)}"
+            self._staged.clear()
+            if self._manager.is_registered(plugin):
+                self._manager.unregister(plugin)
+            return record
+        for registry, item in self._staged:
+            registry.add(item, f"{name} ({distribution})" if distribution else name)
+            record.offers.setdefault(registry.kind, []).append(item.name)
+        self._staged.clear()
+        return record
+
+    def _check_hook_names(self, plugin: object) -> None:
+        callers = self._manager.get_hookcallers(plugin) or []
+        known = self._hooks()
+        for caller in callers:
+            if caller.name not in known:
+                near = get_close_matches(caller.name, known, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+                raise PluginError(f"it implements an unknown hook {caller.name!r}; {hint}")
+        if not callers:
+            raise PluginError("it implements no hook; is @hookimpl missing?")
+
+    def broken(self) -> list[Plugin]:
+        return [plugin for plugin in self.plugins if plugin.problem]
+
+    def warning(self) -> str | None:
+        """One line about all broken plugins, or None."""
+        broken = [f"{p.name}: {p.problem}" for p in self.broken()]
+        if not broken:
+            return None
+        return f"{len(broken)} plugin{'s' * (len(broken) > 1)} left out: {'; '.join(broken)}"
+
+    def sampler(self, names: str) -> Sampler:
+        """One sampler, or a chain of them from `a,b,c`. Raises OptionError for a name that is not there."""
+        stages = [self.samplers.get(name.strip()) for name in names.split(",")]
+        return stages[0] if len(stages) == 1 else Chain(stages)
+
+
+def _distribution(entry: EntryPoint) -> tuple[str, str]:
+    """Normalised name and version of the distribution an entry point comes from."""
+    if entry.dist is None:
+        return "", ""
+    return re.sub(r"[-_.]+", "-", entry.dist.name).lower(), entry.dist.version
+
+
+def _reason(error: BaseException) -> str:
+    first = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {first[0]}" if first else type(error).__name__

@@ -1,0 +1,270 @@
+"""The public API: load a model, write text, read logits."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rwkv_runtime.backend import Backend
+from rwkv_runtime.checkpoint import Progress, build_model, check_sha256, open_tensors
+from rwkv_runtime.engine import CHUNK, Engine, Generation, Request
+from rwkv_runtime.errors import BackendError, OptionError, RwkvError, VocabularyError
+from rwkv_runtime.model import Model
+from rwkv_runtime.plugins import Plugins
+from rwkv_runtime.state import State
+from rwkv_runtime.tokenizer import Tokenizer, load_tokenizer, world_vocabulary
+
+AUTO = "auto"
+WORLD_SIZES = (65529, 65530, 65536)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+logger = logging.getLogger("rwkv_runtime")
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    backend: str = AUTO,
+    dtype: str | None = None,
+    device: str | None = None,
+    vocab: str | os.PathLike[str] | None = None,
+    sha256: str | None = None,
+    plugins: Plugins | None = None,
+    progress: Progress | None = None,
+) -> Runtime:
+    """Loads a checkpoint (.pth or .safetensors) for use.
+
+    dtype is "bfloat16", "float16" or "float32" (default: the file's own); device is "cpu" or "cuda"
+    (default: CUDA where there is one). The vocabulary is `vocab`, else a file `NAME.vocab.txt` beside
+    the checkpoint, else RWKV World's where the model has its size. Raises CheckpointError,
+    VocabularyError or OptionError.
+    """
+    plugins = plugins or load_plugins()
+    where, kind = parse_device(device), parse_dtype(dtype)
+    if backend != AUTO:
+        plugins.backends.get(backend)
+    if sha256:
+        check_sha256(path, sha256)
+    tensors = open_tensors(path)
+    model = build_model(tensors, plugins.architectures, where, kind, str(path), progress)
+    tokenizer = find_vocabulary(path, vocab, model.config.vocab_size)
+    return Runtime(model, tokenizer, plugins, backend)
+
+
+def load_plugins() -> Plugins:
+    """Every installed plugin; one logged warning names those that are broken."""
+    plugins = Plugins.load()
+    if warning := plugins.warning():
+        logger.warning(warning)
+    return plugins
+
+
+def parse_device(name: str | None) -> torch.device:
+    """None: CUDA where there is one. Raises OptionError."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise OptionError(f"there is no device {name!r}; there are cpu, cuda and cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise OptionError(f"device {name!r} is not supported; there are cpu, cuda and cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise OptionError(f"device {name!r} is not here: torch sees {count or 'no'} CUDA device{'s' * (count != 1)}")
+    return device
+
+
+def parse_dtype(name: str | None) -> torch.dtype | None:
+    """Raises OptionError for a name that is not one of DTYPES."""
+    if name is None:
+        return None
+    short = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+    full = short.get(name, name)
+    if full not in DTYPES:
+        raise OptionError(f"there is no dtype {name!r}; there are {', '.join(DTYPES)}")
+    return DTYPES[full]
+
+
+def find_vocabulary(
+    path: str | os.PathLike[str], vocab: str | os.PathLike[str] | None, vocab_size: int
+) -> Tokenizer:
+    """The vocabulary of a checkpoint. Raises VocabularyError where none fits, saying where it looked."""
+    beside = Path(path).with_suffix(".vocab.txt")
+    if vocab is not None:
+        chosen = Path(vocab)
+    elif beside.is_file():
+        chosen = beside
+    elif vocab_size in WORLD_SIZES:
+        chosen = world_vocabulary()
+    else:
+        raise VocabularyError(
+            f"{path}: its vocabulary has {vocab_size:,} entries, which is not RWKV World's, and there is no "
+            f"{beside.name} beside it; give the vocabulary file"
+        )
+    tokenizer = load_tokenizer(chosen)
+    if tokenizer.vocab_size > vocab_size:
+        raise VocabularyError(
+            f"{chosen}: has ids up to {tokenizer.vocab_size - 1}, the model only {vocab_size}; it is another model's"
+        )
+    return tokenizer
+
+
+class Runtime:
+    """A loaded model with its vocabulary and the backend that runs it."""
+
+    def __init__(self, model: Model, tokenizer: Tokenizer, plugins: Plugins, backend: str = AUTO) -> None:
+        """Raises OptionError for a backend that does not exist; one that cannot be used here gives way to the
+        next best, with a logged warning."""
+        self.model = model
+        self.tokenizer = tokenizer
+        self.plugins = plugins
+        self._candidates = self._order(backend)
+        self.backend = self._candidates.pop(0)
+        if (reason := self.backend.why_not(model)) is not None:
+            self._give_way(reason, quiet=backend == AUTO)
+        self._prepare()
+        self._engines: dict[tuple[str, int], Engine] = {}
+
+    def _order(self, name: str) -> list[Backend]:
+        everyone = sorted(self.plugins.backends, key=lambda b: -b.priority)
+        if name == AUTO:
+            return everyone
+        chosen = self.plugins.backends.get(name)
+        return [chosen, *(b for b in everyone if b is not chosen)]
+
+    def _give_way(self, reason: str, quiet: bool = False) -> None:
+        """Moves on to the next backend that is usable. Raises BackendError where there is none."""
+        failed = self.backend
+        while self._candidates:
+            self.backend = self._candidates.pop(0)
+            if self.backend.why_not(self.model) is None:
+                if not quiet:
+                    logger.warning(f"backend {failed.name}: {reason}; using {self.backend.name} instead")
+                return
+        raise BackendError(f"backend {failed.name}: {reason}; no other backend can run this model here")
+
+    def _prepare(self) -> None:
+        while True:
+            try:
+                self._forward = self.backend.forward(self.model)
+                return
+            except Exception as error:  # a stranger's backend may raise anything; its reason is shown
+                self._give_way(f"{error}" if isinstance(error, RwkvError) else f"{type(error).__name__}: {error}")
+
+    def engine(self, sampler: str = "nucleus", rows: int = 1) -> Engine:
+        """The engine for a sampler (or chain) and a number of rows, prepared once."""
+        key = sampler, rows
+        while key not in self._engines:
+            chosen = self.plugins.sampler(sampler)
+            try:
+                self._engines[key] = Engine(self.model, self.backend, chosen, self.tokenizer, rows)
+            except BackendError as error:
+                self._give_way(str(error))
+                self._prepare()
+                self._engines.clear()
+        return self._engines[key]
+
+    def request(
+        self,
+        prompt: str | Sequence[int] = "",
+        *,
+        max_tokens: int = 256,
+        seed: int | None = None,
+        stop: Iterable[str] | str = (),
+        seconds: float | None = None,
+        **params: float,
+    ) -> Request:
+        """A request as `generate` makes it; seed None draws one."""
+        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        seed = random.getrandbits(32) if seed is None else seed
+        return Request(tokens, params, max_tokens, seed, stops, seconds)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int] = "",
+        *,
+        sampler: str = "nucleus",
+        max_tokens: int = 256,
+        seed: int | None = None,
+        stop: Iterable[str] | str = (),
+        seconds: float | None = None,
+        **params: float,
+    ) -> Iterator[str]:
+        """Writes on from a prompt, piece by piece.
+
+        It ends at `max_tokens`, at a stop string (which is not given out), at the end-of-text token or after
+        `seconds`. `params` are the sampler's. Raises OptionError before anything is written, SamplingError
+        where no token can be drawn.
+        """
+        engine = self.engine(sampler)
+        request = self.request(prompt, max_tokens=max_tokens, seed=seed, stop=stop, seconds=seconds, **params)
+        return engine.stream(engine.submit(request))
+
+    def generate_batch(
+        self,
+        prompts: Sequence[str],
+        *,
+        sampler: str = "nucleus",
+        max_tokens: int = 256,
+        seed: int | None = None,
+        stop: Iterable[str] | str = (),
+        rows: int = 8,
+        **params: float,
+    ) -> list[str]:
+        """Writes on from many prompts through one batch; the texts come back in the prompts' order.
+
+        Prompt i uses seed + i. Raises SamplingError where a row failed.
+        """
+        engine = self.engine(sampler, min(rows, max(len(prompts), 1)))
+        seed = random.getrandbits(32) if seed is None else seed
+        generations: list[Generation] = []
+        for i, prompt in enumerate(prompts):
+            request = self.request(prompt, max_tokens=max_tokens, seed=seed + i, stop=stop, **params)
+            generations.append(engine.submit(request))
+        return ["".join(engine.stream(generation)) for generation in generations]
+
+    def forward(self, tokens: Sequence[int], state: State | None = None) -> tuple[Tensor, State]:
+        """Reads tokens: float32 logits of the last one [V], and the state after it; the given state is not changed.
+
+        Raises OptionError for no tokens or an id that is not in the vocabulary, StateError for another model's state.
+        """
+        state = self._start(tokens, state)
+        for chunk in _chunks(tokens):
+            logits = self._forward(torch.tensor([chunk], device=self.model.device), state)
+        return logits[0], state
+
+    def logits(self, tokens: Sequence[int], state: State | None = None) -> Tensor:
+        """float32 logits after every token, [T, V]: for evaluation. Raises as `forward` does."""
+        state = self._start(tokens, state)
+        rows = [
+            self._forward(torch.tensor([chunk], device=self.model.device), state, every=True)[0]
+            for chunk in _chunks(tokens)
+        ]
+        return torch.cat(rows)
+
+    def _start(self, tokens: Sequence[int], state: State | None) -> State:
+        V = self.model.config.vocab_size
+        if not tokens or not all(0 <= t < V for t in tokens):
+            raise OptionError(f"one token id or more is needed, each from 0 to {V - 1}")
+        fresh = self.model.new_state()
+        if state is None:
+            return fresh
+        fresh.check(state)
+        return state.clone()
+
+
+def _chunks(tokens: Sequence[int]) -> Iterator[Sequence[int]]:
+    for start in range(0, len(tokens), CHUNK):
+        yield tokens[start : start + CHUNK]
+
+
+def usable(plugins: Plugins, model: Model | None = None) -> Mapping[str, str | None]:
+    """Every backend with None where it is usable here, else the reason it is not."""
+    return {backend.name: backend.why_not(model) for backend in plugins.backends}

@@ -1,0 +1,98 @@
+"""The recurrent state of a batch: one row a sequence, constant in size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rwkv_runtime.errors import StateError
+
+
+class TensorSpec(NamedTuple):
+    """Shape and dtype of what one row holds."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def allocate(self, leading: tuple[int, ...], device: torch.device) -> Tensor:
+        return torch.zeros(leading + self.shape, dtype=self.dtype, device=device)
+
+
+class State:
+    """Named tensors [L, B, ...]: layer first, so that one layer of all rows is contiguous; then the row.
+
+    `initial` holds what a fresh row starts from, [L, ...] by name; a name that is not in it starts at zero.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], initial: Mapping[str, Tensor] | None = None) -> None:
+        self.tensors = dict(tensors)
+        self.initial = dict(initial or {})
+
+    @classmethod
+    def allocate(
+        cls,
+        specs: Mapping[str, TensorSpec],
+        layers: int,
+        rows: int,
+        device: torch.device,
+        initial: Mapping[str, Tensor] | None = None,
+    ) -> State:
+        """A state of `rows` fresh rows."""
+        state = cls({name: spec.allocate((layers, rows), device) for name, spec in specs.items()}, initial)
+        for row in range(rows if initial else 0):
+            state.clear(row)
+        return state
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    @property
+    def rows(self) -> int:
+        """How many sequences this state holds."""
+        return next(iter(self.tensors.values())).shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    def view(self, start: int, stop: int) -> State:
+        """Rows start..stop as a state that shares memory with this one."""
+        return State({name: t[:, start:stop] for name, t in self.tensors.items()}, self.initial)
+
+    def clone(self) -> State:
+        return State({name: t.clone() for name, t in self.tensors.items()}, self.initial)
+
+    def clear(self, row: int) -> None:
+        """Makes a row fresh."""
+        for name, t in self.tensors.items():
+            if name in self.initial:
+                t[:, row].copy_(self.initial[name])
+            else:
+                t[:, row].zero_()
+
+    def copy(self, source: State, source_row: int, row: int) -> None:
+        """Copies one row of another state (or of this one) into a row of this one.
+
+        Raises StateError where the two do not have the same shapes.
+        """
+        self.check(source)
+        for name, t in self.tensors.items():
+            t[:, row].copy_(source.tensors[name][:, source_row])
+
+    def check(self, other: State) -> None:
+        """Raises StateError unless `other` has this state's names, shapes (rows apart) and layers."""
+        for name, t in self.tensors.items():
+            theirs = other.tensors.get(name)
+            if theirs is None:
+                raise StateError(f"the state has no tensor {name!r}: it belongs to another architecture")
+            if theirs.shape[0] != t.shape[0] or theirs.shape[2:] != t.shape[2:]:
+                raise StateError(
+                    f"the state's {name!r} is {list(theirs.shape)}, this model's is {list(t.shape)}: "
+                    "it belongs to a model of another size"
+                )
+        extra = sorted(other.tensors.keys() - self.tensors.keys())
+        if extra:
+            raise StateError(f"the state has a tensor {extra[0]!r} that this architecture does not know")
