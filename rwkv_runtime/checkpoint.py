@@ -34,7 +34,7 @@ def open_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if head.startswith(b"PK\x03\x04"):
         tensors = _open_zip(path)
     elif size > 9 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 40:
-        tensors = _open_safetensors(path, size)
+        tensors, _ = read_safetensors(path)
     elif head[:1] == b"\x80":
         raise CheckpointError(
             f"{path}: a bare pickle, which could run code; save the weights with a current torch.save or as safetensors"
@@ -85,7 +85,10 @@ def _open_zip(path: Path) -> Mapping[str, object]:
     return loaded
 
 
-def _open_safetensors(path: Path, size: int) -> Mapping[str, object]:
+def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The memory-mapped tensors and the metadata of a safetensors file. Raises CheckpointError."""
+    path = Path(path)
+    size = _size(path)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > min(MAX_INDEX, size - 8):
@@ -95,13 +98,14 @@ def _open_safetensors(path: Path, size: int) -> Mapping[str, object]:
             end = max(t["data_offsets"][1] for name, t in header.items() if name != "__metadata__")
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
             raise CheckpointError(f"{path}: its safetensors header is damaged; fetch it again") from None
-    if not isinstance(end, int) or size < 8 + length + end:
+    if isinstance(end, int) and size < 8 + length + end:
         raise CheckpointError(f"{path}: truncated: {size:,} bytes of {8 + length + end:,}; fetch it again")
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
+            return tensors, file.metadata() or {}
     except (SafetensorError, RuntimeError, ValueError, TypeError, OSError) as error:
         raise CheckpointError(f"{path}: its safetensors header is damaged ({_first_line(error)})") from None
 
@@ -127,8 +131,10 @@ def _check_tensors(path: Path, size: int, loaded: Mapping[str, object]) -> dict[
 
 def check_sha256(path: str | os.PathLike[str], expected: str) -> None:
     """Raises CheckpointError unless the file's SHA-256 is `expected` (hexadecimal)."""
+    path = Path(path)
+    _size(path)
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     if digest.hexdigest() != expected.strip().lower():
@@ -167,6 +173,8 @@ def build_model(
         initial = architecture.initial_state(tensors, config, place)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from None
+    if progress:
+        progress(place.total, place.total)  # a file may hold more than the model needs
     return Model(architecture, config, weights, device, dtype, initial, source)
 
 

@@ -15,7 +15,7 @@ from rwkv_runtime.backend import Backend, Tick
 from rwkv_runtime.errors import BackendError, OptionError, RwkvError, SamplingError
 from rwkv_runtime.model import Model
 from rwkv_runtime.sampler import Controls, Sampler, check_params
-from rwkv_runtime.state import State
+from rwkv_runtime.snapshot import Snapshot as Snapshot
 from rwkv_runtime.text import StopMatcher
 from rwkv_runtime.tokenizer import Tokenizer
 
@@ -25,15 +25,6 @@ END_OF_TEXT = 0
 
 Finish = Literal["length", "stop", "end", "time", "cancelled", "error"]
 """The budget of tokens; a stop string; the end-of-text token; the budget of seconds; the caller; a failed row."""
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """Where a text stands: one row of state that has read all but the `pending` tokens, and how many came before."""
-
-    state: State
-    pending: tuple[int, ...]
-    position: int
 
 
 @dataclass(frozen=True)
@@ -273,7 +264,10 @@ class Engine:
         def draw() -> None:
             z = logits if absent is None else logits + absent
             z = z.to(controls.seed.device)
-            token = torch.where(z.amax(dim=-1).isfinite(), sampler.sample(z, controls), -1)
+            token = sampler.sample(z, controls)
+            chosen = z.gather(1, token.clamp(0, z.shape[1] - 1).unsqueeze(1)).squeeze(1)
+            valid = z.amax(dim=-1).isfinite() & (token >= 0) & (token < z.shape[1]) & (chosen > -torch.inf)
+            token = torch.where(valid, token, -1)
             sampler.update(token, controls)
             drawn.copy_(token)
             tokens.copy_(token.clamp(min=0).unsqueeze(1))  # a failed row goes on harmlessly until it is retired

@@ -112,4 +112,4 @@ class Model:
     def new_state(self, rows: int = 1) -> State:
         """Fresh state of `rows` rows on the model's device."""
         spec = self.architecture.state_spec(self.config, self.dtype)
-        return State.allocate(spec, self.config.n_layer, rows, self.device, self.initial)
+        return State.allocate(spec, self.config.n_layer, rows, self.device, self.initial, self.architecture.name)

@@ -39,8 +39,8 @@ def uniform(seed: Tensor, position: Tensor, ids: Tensor, stream: int = 0) -> Ten
     key = mix(key ^ ((seed >> 32) & _MASK))
     row = mix(key ^ (position & _MASK))  # [B, 1]
     row = mix(row ^ ((position >> 32) & _MASK) ^ 0x9E3779B9)
-    # Two rounds with different keys: one alone would make rows with related keys permutations of each other.
-    h = mix(mix((ids ^ row) & _MASK) ^ key)  # [B, V]
+    # Two rounds with different keys: one alone would make nearby keys' numbers permutations of each other.
+    h = mix(mix((ids ^ row) & _MASK) ^ mix(row ^ key ^ 0x85EBCA6B))  # [B, V]
     return ((h.to(torch.float32) + 0.5) * 2.0**-32).clamp(max=1.0 - 2.0**-24)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
@@ -32,7 +32,7 @@ class Registry(Generic[T]):
         self._items: dict[str, T] = {}
         self._owners: dict[str, str] = {}
 
-    def __iter__(self) -> Iterable[T]:  # type: ignore[misc]
+    def __iter__(self) -> Iterator[T]:
         return iter(self._items.values())
 
     def names(self) -> list[str]:

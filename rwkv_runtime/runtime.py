@@ -14,7 +14,7 @@ from torch import Tensor
 from rwkv_runtime.backend import Backend
 from rwkv_runtime.checkpoint import Progress, build_model, check_sha256, open_tensors
 from rwkv_runtime.engine import CHUNK, Engine, Generation, Request
-from rwkv_runtime.errors import BackendError, OptionError, RwkvError, VocabularyError
+from rwkv_runtime.errors import BackendError, OptionError, RwkvError, StateError, VocabularyError
 from rwkv_runtime.model import Model
 from rwkv_runtime.plugins import Plugins
 from rwkv_runtime.state import State
@@ -225,10 +225,14 @@ class Runtime:
         engine = self.engine(sampler, min(rows, max(len(prompts), 1)))
         seed = random.getrandbits(32) if seed is None else seed
         generations: list[Generation] = []
-        for i, prompt in enumerate(prompts):
-            request = self.request(prompt, max_tokens=max_tokens, seed=seed + i, stop=stop, **params)
-            generations.append(engine.submit(request))
-        return ["".join(engine.stream(generation)) for generation in generations]
+        try:
+            for i, prompt in enumerate(prompts):
+                request = self.request(prompt, max_tokens=max_tokens, seed=seed + i, stop=stop, **params)
+                generations.append(engine.submit(request))
+            return ["".join(engine.stream(generation)) for generation in generations]
+        finally:
+            for generation in generations:  # where one failed, the others do not go on unseen
+                engine.cancel(generation)
 
     def forward(self, tokens: Sequence[int], state: State | None = None) -> tuple[Tensor, State]:
         """Reads tokens: float32 logits of the last one [V], and the state after it; the given state is not changed.
@@ -254,10 +258,11 @@ class Runtime:
         if not tokens or not all(0 <= t < V for t in tokens):
             raise OptionError(f"one token id or more is needed, each from 0 to {V - 1}")
         fresh = self.model.new_state()
-        if state is None:
-            return fresh
-        fresh.check(state)
-        return state.clone()
+        if state is not None:
+            if state.rows != 1:
+                raise StateError(f"a state of {state.rows} rows; one of a single row is expected")
+            fresh.copy(state, 0, 0)
+        return fresh
 
 
 def _chunks(tokens: Sequence[int]) -> Iterator[Sequence[int]]:

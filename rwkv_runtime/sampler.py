@@ -38,7 +38,7 @@ class Param:
         except ValueError:
             raise OptionError(f"{name} is {kind}, not {value!r}") from None
         whole = isinstance(self.default, int)
-        if math.isnan(number) or not self.low <= number <= self.high or (whole and number != int(number)):
+        if not self.low <= number <= self.high or (whole and not number.is_integer()):
             raise OptionError(f"{name} is {kind} from {self.low:g} to {self.high:g}, not {value}")
         return int(number) if whole else number
 
@@ -130,7 +130,7 @@ class Sampler(ABC):
         """float32 [B, V] -> int64 [B]; -1 for a row where nothing can be drawn."""
         return controls.draw(self.filter(logits, controls))
 
-    def update(self, tokens: Tensor, controls: Controls) -> None:
+    def update(self, tokens: Tensor, controls: Controls) -> None:  # noqa: B027  (optional)
         """Remembers the drawn tokens, int64 [B], in the slots; an entry of -1 is a row that failed."""
 
 

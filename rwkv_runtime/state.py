@@ -25,11 +25,15 @@ class State:
     """Named tensors [L, B, ...]: layer first, so that one layer of all rows is contiguous; then the row.
 
     `initial` holds what a fresh row starts from, [L, ...] by name; a name that is not in it starts at zero.
+    `architecture` is the name of the one whose state it is, "" where that is not known.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], initial: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Tensor], initial: Mapping[str, Tensor] | None = None, architecture: str = ""
+    ) -> None:
         self.tensors = dict(tensors)
         self.initial = dict(initial or {})
+        self.architecture = architecture
 
     @classmethod
     def allocate(
@@ -39,9 +43,11 @@ class State:
         rows: int,
         device: torch.device,
         initial: Mapping[str, Tensor] | None = None,
+        architecture: str = "",
     ) -> State:
         """A state of `rows` fresh rows."""
-        state = cls({name: spec.allocate((layers, rows), device) for name, spec in specs.items()}, initial)
+        tensors = {name: spec.allocate((layers, rows), device) for name, spec in specs.items()}
+        state = cls(tensors, initial, architecture)
         for row in range(rows if initial else 0):
             state.clear(row)
         return state
@@ -60,10 +66,10 @@ class State:
 
     def view(self, start: int, stop: int) -> State:
         """Rows start..stop as a state that shares memory with this one."""
-        return State({name: t[:, start:stop] for name, t in self.tensors.items()}, self.initial)
+        return State({name: t[:, start:stop] for name, t in self.tensors.items()}, self.initial, self.architecture)
 
     def clone(self) -> State:
-        return State({name: t.clone() for name, t in self.tensors.items()}, self.initial)
+        return State({name: t.clone() for name, t in self.tensors.items()}, self.initial, self.architecture)
 
     def clear(self, row: int) -> None:
         """Makes a row fresh."""
@@ -83,12 +89,14 @@ class State:
             t[:, row].copy_(source.tensors[name][:, source_row])
 
     def check(self, other: State) -> None:
-        """Raises StateError unless `other` has this state's names, shapes (rows apart) and layers."""
+        """Raises StateError unless `other` has this state's architecture, names, shapes (rows apart) and layers."""
+        if self.architecture and other.architecture and self.architecture != other.architecture:
+            raise StateError(f"the state of a model of {other.architecture}; this one is {self.architecture}")
         for name, t in self.tensors.items():
             theirs = other.tensors.get(name)
             if theirs is None:
                 raise StateError(f"the state has no tensor {name!r}: it belongs to another architecture")
-            if theirs.shape[0] != t.shape[0] or theirs.shape[2:] != t.shape[2:]:
+            if theirs.dim() != t.dim() or theirs.shape[0] != t.shape[0] or theirs.shape[2:] != t.shape[2:]:
                 raise StateError(
                     f"the state's {name!r} is {list(theirs.shape)}, this model's is {list(t.shape)}: "
                     "it belongs to a model of another size"

@@ -6,7 +6,11 @@ from collections.abc import Sequence
 
 
 class StopMatcher:
-    """Passes text through until one of the stop strings appears; the stop string itself is not passed."""
+    """Passes text through until one of the stop strings is complete; the stop string itself is not passed.
+
+    The first to be complete counts, and of two that are complete at once the longer one, so that the text
+    is the same however it came in pieces.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.stops = [stop for stop in stops if stop]
@@ -20,7 +24,7 @@ class StopMatcher:
         self.held += text
         hits = [(at, stop) for stop in self.stops if (at := self.held.find(stop)) >= 0]
         if hits:
-            at, self.found = min(hits, key=lambda hit: (hit[0], -len(hit[1])))
+            at, self.found = min(hits, key=lambda hit: (hit[0] + len(hit[1]), hit[0]))
             shown, self.held = self.held[:at], ""
             return shown
         keep = max((_overlap(self.held, stop) for stop in self.stops), default=0)

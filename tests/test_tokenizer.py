@@ -154,12 +154,10 @@ def test_small_vocabularies_match_the_plain_algorithm(extra: set[bytes], source:
 
 
 sampled = st.lists(st.integers(0, 65529), max_size=30)
-byte_by_byte = (st.binary(max_size=60) | st.text().map(str.encode)).map(
-    lambda source: [b + 1 for b in source]
-)
+any_bytes = st.binary(max_size=60) | st.text().map(str.encode)
 
 
-@given(sampled | byte_by_byte)
+@given(sampled | any_bytes.map(lambda source: [byte + 1 for byte in source]))
 def test_streaming_token_by_token_gives_exactly_the_decoded_text(ids: list[int]) -> None:
     world = load_tokenizer(world_vocabulary())
     stream = world.stream()
@@ -172,9 +170,8 @@ def test_a_character_appears_with_the_token_that_completes_it_and_u_fffd_is_one(
     assert "".join(map(stream.push, world.encode("\ufffd"))) == "\ufffd"
     assert stream.push(ord("x") + 1) == "x"
     assert stream.finish() == ""
-    assert (
-        stream.push(0xF0 + 1) + stream.finish() == "\ufffd"
-    )  # held back, then shown replaced; the stream starts afresh
+    # Cut off inside a character: shown replaced, and the stream starts afresh.
+    assert stream.push(0xF0 + 1) + stream.finish() == "\ufffd"
     assert stream.push(ord("x") + 1) == "x"
 
 
@@ -291,8 +288,7 @@ def test_tokens_given_directly_are_checked_like_a_file(tokens: dict[int, bytes],
 
 
 def test_a_file_is_parsed_once_until_it_changes(tmp_path: Path) -> None:
-    path = write(tmp_path / "v.txt")
-    first = load_tokenizer(path)
+    first = load_tokenizer(path := write(tmp_path / "v.txt"))
     (tmp_path / "link.txt").symlink_to(path)
     assert load_tokenizer(str(path)) is first
     assert load_tokenizer(tmp_path / "link.txt") is first

@@ -25,7 +25,7 @@ class Compile(Backend):
     priority = 10
 
     def why_not(self, model: Model | None) -> str | None:
-        if not torch._dynamo.is_dynamo_supported():
+        if not torch._dynamo.is_dynamo_supported():  # type: ignore[attr-defined]
             return "torch.compile does not support this Python"
         if model is not None and model.device.type == "cuda":
             return None if find_spec("triton") else "Triton is not installed"

@@ -4,7 +4,7 @@ Peng et al., "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurr
 Annotations here are real types, not strings: torch.jit.script reads them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +17,6 @@ from rwkv_runtime import Architecture, CheckpointError, ModelConfig, Place, Stat
 
 RESCALE_EVERY = 6
 """In float16 the residual stream is halved every so many layers, so that it stays in range."""
-EMBEDDING_ROWS = 4096
-"""Rows of the embedding normalised at a time, so that folding needs little memory."""
 
 
 class TimeMixing(NamedTuple):
@@ -62,7 +60,8 @@ class Block(NamedTuple):
 
 
 class Weights(NamedTuple):
-    emb: Tensor  # [V, C], ln0 folded in
+    emb: Tensor  # [V, C]
+    ln0: Norm  # not folded into emb: that would take a copy of it, and emb stays mapped from the file
     blocks: tuple[Block, ...]
     ln_out: Norm
     head: Tensor  # [V, C]
@@ -137,8 +136,9 @@ class RWKV6(Architecture):
         }
         width = shape.get("blocks.0.ffn.key.weight", 2)[0]
         config = ModelConfig(layers, C, H, N, width, V, ranks)
-        shape.expect("blocks.0.att.time_faaaa", (H, C // H if C % H == 0 else N))
-        for name, expected in _expected(config).items():
+        if H * N != C:
+            raise CheckpointError(f"tensor blocks.0.att.time_faaaa is {[H, N]}, which is not {C} in all")
+        for name, expected in (_expected(config) | _expected_state(config, shapes)).items():
             shape.expect(name, expected)
         return config
 
@@ -148,16 +148,17 @@ class RWKV6(Architecture):
         def norm(name: str) -> Norm:
             return Norm(*(place(f"{name}.{part}", tensors[f"{name}.{part}"]) for part in ("weight", "bias")))
 
+        tensors = {name: tensors[name].reshape(shape) for name, shape in _expected(config).items()}
         rescaled = dtype == torch.float16
-        emb = _normalised_embedding(tensors, place, dtype)
+        emb = place("emb.weight", tensors["emb.weight"])
         blocks = []
         for i in range(config.n_layer):
             scale = 2.0 ** -(i // RESCALE_EVERY) if rescaled else 1.0
-            att = _time_mixing_weights(tensors, f"blocks.{i}.att.", config, place, scale)
+            att = _time_mixing_weights(tensors, f"blocks.{i}.att.", place, scale)
             ffn = _channel_mixing_weights(tensors, f"blocks.{i}.ffn.", place, scale)
             blocks.append(Block(norm(f"blocks.{i}.ln1"), att, norm(f"blocks.{i}.ln2"), ffn))
         head = place("head.weight", tensors["head.weight"])
-        return Weights(emb, tuple(blocks), norm("ln_out"), head, rescaled)
+        return Weights(emb, norm("blocks.0.ln0"), tuple(blocks), norm("ln_out"), head, rescaled)
 
     def state_spec(self, config: ModelConfig, dtype: torch.dtype) -> dict[str, TensorSpec]:
         return {
@@ -168,11 +169,9 @@ class RWKV6(Architecture):
 
     def initial_state(self, tensors: Mapping[str, Tensor], config: ModelConfig, place: Place) -> dict[str, Tensor]:
         """The WKV state of a state-tuned file, which keeps it as [H, V, K]."""
-        names = [f"blocks.{i}.att.time_state" for i in range(config.n_layer)]
-        if names[0] not in tensors:
-            return {}
-        layers = [place(name, tensors[name], torch.float32).transpose(1, 2) for name in names]
-        return {"att_kv": torch.stack(layers)}
+        shapes = _expected_state(config, tensors)
+        layers = [place(name, tensors[name].reshape(shape), torch.float32) for name, shape in shapes.items()]
+        return {"att_kv": torch.stack(layers).transpose(2, 3).contiguous()} if layers else {}
 
     def forward(
         self,
@@ -185,6 +184,7 @@ class RWKV6(Architecture):
         time_mixing, channel_mixing = ops["time_mixing"], ops["channel_mixing"]
         x = F.embedding(tokens, weights.emb)  # [B, T, C]
         size = x.shape[-1:]
+        x = F.layer_norm(x, size, *weights.ln0)
         for i, block in enumerate(weights.blocks):
             att_x, att_kv, ffn_x = state["att_x_prev"][i], state["att_kv"][i], state["ffn_x_prev"][i]
             y, x_prev, kv = time_mixing(F.layer_norm(x, size, *block.ln1), att_x, att_kv, block.att)
@@ -255,36 +255,31 @@ def _expected(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes | {f"{norm}.{part}": (C,) for norm in norms for part in ("weight", "bias")}
 
 
-def _normalised_embedding(tensors: Mapping[str, Tensor], place: Place, dtype: torch.dtype) -> Tensor:
-    emb = tensors["emb.weight"]
-    ln0 = [tensors[f"blocks.0.ln0.{part}"].float() for part in ("weight", "bias")]
-    folded = torch.empty(emb.shape, dtype=dtype)
-    for start in range(0, emb.shape[0], EMBEDDING_ROWS):
-        rows = emb[start : start + EMBEDDING_ROWS].float()
-        folded[start : start + EMBEDDING_ROWS] = F.layer_norm(rows, rows.shape[1:], *ln0)
-    return place("emb.weight (with blocks.0.ln0)", folded)
+def _expected_state(config: ModelConfig, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """The initial WKV states of a state-tuned file: one in every layer. Other files have none."""
+    if not any(name.endswith(".att.time_state") for name in names):
+        return {}
+    size = config.head_size
+    return {f"blocks.{i}.att.time_state": (config.n_head, size, size) for i in range(config.n_layer)}
 
 
 def _time_mixing_weights(
-    tensors: Mapping[str, Tensor], prefix: str, config: ModelConfig, place: Place, scale: float
+    tensors: Mapping[str, Tensor], prefix: str, place: Place, scale: float
 ) -> TimeMixing:
     def take(name: str, dtype: torch.dtype | None = None) -> Tensor:
         return place(prefix + name, tensors[prefix + name], dtype)
 
-    def vector(name: str, dtype: torch.dtype | None = None) -> Tensor:
-        return take(name, dtype).view(-1)
-
     fp32 = torch.float32
     output = tensors[prefix + "output.weight"]
     return TimeMixing(
-        maa_x=vector("time_maa_x"),
-        maa=torch.stack([vector(f"time_maa_{part}") for part in "wkvrg"]).unsqueeze(1),
+        maa_x=take("time_maa_x"),
+        maa=torch.stack([take(f"time_maa_{part}") for part in "wkvrg"]).unsqueeze(1),
         maa_w1=take("time_maa_w1").t().contiguous(),
         maa_w2=take("time_maa_w2"),
-        decay=vector("time_decay", fp32),
+        decay=take("time_decay", fp32),
         decay_w1=take("time_decay_w1").t().contiguous(),
         decay_w2=take("time_decay_w2").t().contiguous(),
-        bonus=take("time_faaaa", fp32).view(config.n_head, config.head_size),
+        bonus=take("time_faaaa", fp32),
         receptance=take("receptance.weight"),
         key=take("key.weight"),
         value=take("value.weight"),
@@ -303,8 +298,8 @@ def _channel_mixing_weights(
 
     value = tensors[prefix + "value.weight"]
     return ChannelMixing(
-        maa_k=take("time_maa_k").view(-1),
-        maa_r=take("time_maa_r").view(-1),
+        maa_k=take("time_maa_k"),
+        maa_r=take("time_maa_r"),
         key=take("key.weight"),
         value=place(prefix + "value.weight", value * scale if scale != 1.0 else value),
         receptance=take("receptance.weight"),

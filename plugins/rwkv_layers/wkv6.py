@@ -13,7 +13,7 @@ from torch import Tensor
 
 def wkv_step(r: Tensor, k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """One token: T = 1."""
-    B, T, H, N = r.shape
+    B, _, H, N = r.shape
     kv = k.view(B, H, N, 1) * v.view(B, H, 1, N)
     out = torch.matmul(r.view(B, H, 1, N), torch.addcmul(s, u.view(1, H, N, 1), kv))  # [B, H, 1, N]
     return out.view(B, 1, H, N), torch.addcmul(kv, torch.exp(log_w).view(B, H, N, 1), s)

@@ -21,7 +21,8 @@ class Greedy(Sampler):
     runs = "graph"
 
     def filter(self, logits: Tensor, controls: Controls) -> Tensor:
-        return logits.masked_fill(controls.ids != best_id(logits), -torch.inf)
+        # What is not a number stays, so that the draw after this refuses the row.
+        return logits.masked_fill((controls.ids != best_id(logits)) & ~logits.isnan(), -torch.inf)
 
     def sample(self, logits: Tensor, controls: Controls) -> Tensor:
         return torch.where(logits.amax(dim=-1).isfinite(), best_id(logits).squeeze(-1), -1)

@@ -24,8 +24,10 @@ class Nucleus(Sampler):
 
     def filter(self, logits: Tensor, controls: Controls) -> Tensor:
         temperature, top_p, top_k = controls["temperature"], controls["top_p"], controls["top_k"]
-        # In log space: p ** (1 / T) underflows to all zeros at a small T.
-        log_p, ids = torch.log_softmax(logits, dim=-1).sort(dim=-1, descending=True, stable=True)  # [B, V]
+        # Sorted before the softmax, whose rounding could make equals of the two best; in log space, since
+        # p ** (1 / T) underflows to all zeros at a small T.
+        logits, ids = logits.sort(dim=-1, descending=True, stable=True)  # [B, V]
+        log_p = torch.log_softmax(logits, dim=-1)
         rank = torch.arange(log_p.shape[-1], device=log_p.device)
         kept = (rank < torch.where(top_k > 0, top_k, rank.numel())) & (log_p > -torch.inf)
         greedy = (temperature == 0) | (top_p == 0)

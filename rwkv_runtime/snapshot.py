@@ -1,0 +1,96 @@
+"""Where a text stands, to go on from later: in memory, or in a file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rwkv_runtime.checkpoint import read_safetensors
+from rwkv_runtime.errors import CheckpointError, StateError
+from rwkv_runtime.model import Model
+from rwkv_runtime.state import State
+
+FORMAT = "rwkv-runtime state 1"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One row of state that has read all but the `pending` tokens, and how many tokens it has read."""
+
+    state: State
+    pending: tuple[int, ...]
+    position: int
+
+
+def save_snapshot(snapshot: Snapshot, path: str | os.PathLike[str]) -> None:
+    """Writes a safetensors file, whole or not at all. Raises StateError where it cannot be written."""
+    from safetensors.torch import save
+
+    path = Path(path)
+    metadata = {
+        "format": FORMAT,
+        "architecture": snapshot.state.architecture,
+        "position": str(snapshot.position),
+        "pending": json.dumps(snapshot.pending),
+    }
+    tensors = {name: t.detach().cpu().clone().contiguous() for name, t in snapshot.state.tensors.items()}
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(save(tensors, metadata))
+        os.replace(part, path)
+    except OSError as error:
+        raise StateError(f"{path}: cannot be written: {error.strerror}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+def load_snapshot(path: str | os.PathLike[str], model: Model) -> Snapshot:
+    """Reads what `save_snapshot` wrote, onto the model's device and into its types.
+
+    Raises StateError where the file is missing or damaged, or is another model's.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise StateError(f"{path}: a directory, not a saved state")
+    try:
+        tensors, metadata = read_safetensors(path)
+    except CheckpointError as error:
+        raise StateError(str(error)) from None
+    if metadata.get("format") != FORMAT:
+        raise StateError(f"{path}: not a saved state of this version (its format is not {FORMAT!r})")
+    try:
+        state = _placed(State(tensors, architecture=metadata.get("architecture", "")), model)
+        return Snapshot(state, *_place_in_text(metadata, model.config.vocab_size))
+    except StateError as error:
+        raise StateError(f"{path}: {error}") from None
+
+
+def _placed(loaded: State, model: Model) -> State:
+    state = model.new_state()
+    state.check(loaded)
+    if loaded.rows != 1:
+        raise StateError(f"a state of {loaded.rows} texts; one is expected")
+    state.copy(loaded, 0, 0)
+    for name, t in state.tensors.items():
+        if not bool(torch.isfinite(t).all()):
+            raise StateError(f"the state's {name!r} holds NaN or infinity, or does not fit {t.dtype}")
+    return state
+
+
+def _place_in_text(metadata: dict[str, str], vocab_size: int) -> tuple[tuple[int, ...], int]:
+    """The pending tokens and the position."""
+    try:
+        pending, position = (json.loads(metadata[name]) for name in ("pending", "position"))
+    except (KeyError, ValueError, RecursionError):
+        raise StateError("a damaged state: its pending tokens or its position are missing") from None
+    if type(position) is not int or not 0 <= position < 1 << 62:
+        raise StateError("a damaged state: its position is not a whole number from 0")
+    if type(pending) is not list or not all(type(t) is int and 0 <= t < vocab_size for t in pending):
+        raise StateError(f"a damaged state: its pending tokens are not ids from 0 to {vocab_size - 1}")
+    return tuple(pending), position

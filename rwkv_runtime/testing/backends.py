@@ -1,0 +1,175 @@
+"""A backend against the architecture's own float64 reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rwkv_runtime.backend import Backend, Forward
+from rwkv_runtime.checkpoint import build_model
+from rwkv_runtime.model import Architecture, Model
+from rwkv_runtime.plugins import Plugins
+from rwkv_runtime.state import State
+from rwkv_runtime.testing.models import BYTE_VOCABULARY, tiny_checkpoint
+
+ROWS = 2
+PIECES = (1, 1, 17, 2, 32, 11)  # one prompt in pieces of many lengths, so that the state is carried across them
+TICKS = 4
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A tiny model, a few texts and what the reference says of them."""
+
+    backend: Backend
+    model: Model
+    tokens: Tensor  # [B, T]
+    expected: Tensor  # [B, T, V] float64
+    tolerance: float
+
+    def error(self, got: Tensor, expected: Tensor) -> str | None:
+        """What is wrong with these logits, if anything."""
+        if got.shape != expected.shape or got.dtype != torch.float32:
+            kind = str(got.dtype).removeprefix("torch.")
+            return f"gives {kind} {list(got.shape)} where float32 {list(expected.shape)} is expected"
+        off = float((got.double().cpu() - expected).abs().max() / expected.abs().max())
+        return None if off <= self.tolerance else f"is {off:.1e} away from the reference, {self.tolerance:.0e} is allowed"
+
+
+def check_backend(
+    backend: Backend,
+    architectures: Iterable[Architecture] | None = None,
+    *,
+    device: str = "cpu",
+    tolerance: float = 1e-4,
+    n_layer: int = 2,
+    n_embd: int = 64,
+    head_size: int = 16,
+) -> None:
+    """Runs tiny float32 models of each family (default: all that are installed) and compares with its reference.
+
+    `tolerance` is the largest difference of two logits, as a share of the largest logit. Raises AssertionError
+    with one line for each mistake: `why_not` that refuses or gives no reason; logits that are off for one token,
+    for a prompt in one piece or in several, for every position (`every=True`) or for one of several rows; a
+    state that is not updated in place; rows touched that are not in the given view; and a decode step after
+    `freeze` that gives other logits, or buffers that `freeze` did not leave as found.
+    """
+    chosen = list(Plugins.load().architectures if architectures is None else architectures)
+    problems = [] if chosen else ["there is no architecture to try it with"]
+    for architecture in chosen:
+        tensors = tiny_checkpoint(architecture, n_layer=n_layer, n_embd=n_embd, head_size=head_size)
+        model = build_model(tensors, [architecture], torch.device(device), torch.float32, "tiny model")
+        generator = torch.Generator().manual_seed(5)
+        tokens = torch.randint(BYTE_VOCABULARY, (ROWS, sum(PIECES)), generator=generator)
+        expected = torch.stack([architecture.reference(tensors, row) for row in tokens.tolist()])
+        trial = _Trial(backend, model, tokens.to(device), expected, tolerance)
+        problems += [f"{architecture.name}: {problem}" for problem in _problems(trial)]
+    if problems:
+        raise AssertionError("\n".join(f"backend {backend.name}: {problem}" for problem in problems))
+
+
+def _problems(trial: _Trial) -> Iterator[str]:
+    for given in (None, trial.model):
+        reason = trial.backend.why_not(given)
+        if reason is not None:
+            right = isinstance(reason, str) and reason.strip() and "\n" not in reason
+            yield f"cannot be used here: {reason}" if right else f"why_not gives {reason!r}, not None or one line"
+            return
+    try:
+        forward = trial.backend.forward(trial.model)
+    except Exception as error:  # whatever a stranger's backend raises is the finding
+        yield f"forward raises {_reason(error)}"
+        return
+    checks: list[Callable[[_Trial, Forward], Iterator[str]]] = [_whole, _pieces, _view, _frozen]
+    for check in checks:
+        try:
+            yield from check(trial, forward)
+        except Exception as error:  # as above
+            yield f"{check.__doc__} raises {_reason(error)}"
+
+
+def _whole(trial: _Trial, forward: Forward) -> Iterator[str]:
+    """a prompt in one piece"""
+    with torch.no_grad():
+        last = forward(trial.tokens, trial.model.new_state(ROWS))
+        every = forward(trial.tokens, trial.model.new_state(ROWS), every=True)
+    if problem := trial.error(last, trial.expected[:, -1]):
+        yield f"a prompt in one piece: {problem}"
+    if problem := trial.error(every, trial.expected):
+        yield f"every=True: {problem}"
+
+
+def _pieces(trial: _Trial, forward: Forward) -> Iterator[str]:
+    """a prompt in pieces"""
+    state = trial.model.new_state(ROWS)
+    held = dict(state.tensors)
+    end = 0
+    for size in PIECES:
+        end += size
+        with torch.no_grad():
+            logits = forward(trial.tokens[:, end - size : end], state)
+        if any(state.tensors[name] is not t for name, t in held.items()):
+            yield "the caller's state gets new tensors; write into the ones it has"
+            return
+        if problem := trial.error(logits, trial.expected[:, end - 1]):
+            started = all(bool((t == s).all()) for t, s in zip(*_tensors(state, trial.model.new_state(ROWS)), strict=True))
+            hint = "; the caller's state is not updated" if started else ""
+            yield f"{size} token{'s' * (size > 1)} after {end - size} others: {problem}{hint}"
+            return
+
+
+def _view(trial: _Trial, forward: Forward) -> Iterator[str]:
+    """a view of some rows"""
+    state = trial.model.new_state(ROWS + 1)
+    spare = state.view(ROWS, ROWS + 1)
+    before = spare.clone()
+    with torch.no_grad():
+        for t in (0, 1):
+            logits = forward(trial.tokens[:, t : t + 1], state.view(0, ROWS))
+    if problem := trial.error(logits, trial.expected[:, 1]):
+        yield f"a state that is a view of some rows: {problem}"
+    if any(not torch.equal(a, b) for a, b in zip(*_tensors(spare, before), strict=True)):
+        yield "it changes rows of the state that are not in the view it is given"
+
+
+def _frozen(trial: _Trial, forward: Forward) -> Iterator[str]:
+    """the frozen decode step"""
+    state, device = trial.model.new_state(ROWS), trial.model.device
+    tokens = trial.tokens[:, :1].clone()
+    logits = torch.zeros(ROWS, BYTE_VOCABULARY, device=device)
+    position = torch.zeros(ROWS, 1, dtype=torch.int64, device=device)
+
+    def tick() -> None:
+        logits.copy_(forward(tokens, state))
+        position.add_(1)
+
+    with torch.no_grad():
+        start = trial.tokens.shape[1] - TICKS
+        forward(trial.tokens[:, :start], state)
+        buffers = [*state.tensors.values(), logits, position]
+        before = [buffer.clone() for buffer in buffers]
+        frozen = trial.backend.freeze(tick, buffers)
+        if any(not torch.equal(a, b) for a, b in zip(buffers, before, strict=True)):
+            yield "freeze does not leave the buffers as it found them"
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
+        for t in range(start, start + TICKS):
+            tokens.copy_(trial.tokens[:, t : t + 1])
+            frozen()
+            if problem := trial.error(logits, trial.expected[:, t]):
+                yield f"the frozen decode step, token {t - start + 1}: {problem}"
+                return
+        if position.tolist() != [[TICKS]] * ROWS:
+            yield f"the frozen decode step ran {position.flatten().tolist()} times, not {TICKS}"
+
+
+def _tensors(a: State, b: State) -> tuple[list[Tensor], list[Tensor]]:
+    return list(a.tensors.values()), list(b.tensors.values())
+
+
+def _reason(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
