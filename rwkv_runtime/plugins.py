@@ -88,10 +88,11 @@ class Plugins:
         self.samplers: Registry[Sampler] = Registry("sampler", Sampler)
         self.plugins: list[Plugin] = []
         self._staged: list[tuple[Registry[Any], Any]] = []
+        self._answered: set[str] = set()
         self._manager = pluggy.PluginManager(hooks.PROJECT)
         self._manager.add_hookspecs(hooks)
         for hook, registry in self._hooks().items():
-            stage = self._stage(registry)
+            stage = self._stage(hook, registry)
             getattr(self._manager.hook, hook).call_historic(result_callback=stage)
 
     def _hooks(self) -> dict[str, Registry[Any]]:
@@ -101,13 +102,12 @@ class Plugins:
             "rwkv_samplers": self.samplers,
         }
 
-    def _stage(self, registry: Registry[Any]) -> Callable[[Iterable[Any]], None]:
+    def _stage(self, hook: str, registry: Registry[Any]) -> Callable[[Iterable[Any]], None]:
         def stage(items: Iterable[Any]) -> None:
-            try:
-                offered = list(items)
-            except TypeError:
-                raise PluginError(f"its hook returns a {type(items).__name__}, not {registry.kind}s") from None
-            for item in offered:
+            self._answered.add(hook)
+            if not isinstance(items, Iterable):
+                raise PluginError(f"its hook {hook} returns a {type(items).__name__}, not a list of {registry.kind}s")
+            for item in items:
                 registry.check(item)
                 if any(r is registry and i.name == item.name for r, i in self._staged):
                     raise PluginError(f"it offers {registry.kind} {item.name!r} twice")
@@ -128,18 +128,20 @@ class Plugins:
         """
         plugins = cls()
         allowed = (os.environ if environ is None else environ).get("RWKV_PLUGINS")
-        names = None if allowed is None else {name.strip() for name in allowed.split(",")}
+        names = None if allowed is None else {name.strip() for name in allowed.split(",")} - {""}
         found = {(e.name, e.value, _distribution(e)[0]): e for e in entry_points(group=hooks.PROJECT)}
         for entry in sorted(found.values(), key=lambda e: (_distribution(e)[0] != HOME, e.name)):
             if _distribution(entry)[0] == HOME or names is None or entry.name in names:
                 plugins._load(entry)
+        for name in sorted((names or set()) - {entry.name for entry in found.values()}):
+            plugins.plugins.append(Plugin(name, "", "", problem="RWKV_PLUGINS names it, but it is not installed"))
         return plugins
 
     def _load(self, entry: EntryPoint) -> None:
         distribution, version = _distribution(entry)
         try:
             plugin = entry.load()
-        except Exception as error:  # whatever a stranger's module raises at import costs only that plugin
+        except (Exception, SystemExit) as error:  # whatever a stranger's module does costs only that plugin
             problem = f"cannot be imported: {_reason(error)}"
             self.plugins.append(Plugin(entry.name, distribution, version, problem=problem))
         else:
@@ -150,10 +152,15 @@ class Plugins:
         record = Plugin(name, distribution, version)
         self.plugins.append(record)
         self._staged.clear()
+        self._answered.clear()
+        label = f"{distribution}:{name}"
+        if self._manager.is_registered(plugin) or self._manager.has_plugin(label):
+            record.problem = "it is registered already"
+            return record
         try:
-            self._manager.register(plugin, name=f"{distribution}:{name}")
-            self._check_hook_names(plugin)
-        except Exception as error:  # whatever a stranger's hook raises costs only that plugin
+            self._manager.register(plugin, name=label)
+            self._check_hooks(plugin)
+        except (Exception, SystemExit) as error:  # whatever a stranger's hook does costs only that plugin
             record.problem = str(error) if isinstance(error, PluginError) else f"its hook raised {_reason(error)}"
             self._staged.clear()
             if self._manager.is_registered(plugin):
@@ -165,7 +172,7 @@ class Plugins:
         self._staged.clear()
         return record
 
-    def _check_hook_names(self, plugin: object) -> None:
+    def _check_hooks(self, plugin: object) -> None:
         callers = self._manager.get_hookcallers(plugin) or []
         known = self._hooks()
         for caller in callers:
@@ -173,6 +180,8 @@ class Plugins:
                 near = get_close_matches(caller.name, known, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
                 raise PluginError(f"it implements an unknown hook {caller.name!r}; {hint}")
+            if caller.name not in self._answered:
+                raise PluginError(f"its hook {caller.name} returns nothing; is a return missing?")
         if not callers:
             raise PluginError("it implements no hook; is @hookimpl missing?")
 

@@ -14,6 +14,7 @@ from rwkv_runtime.model import Architecture, Model
 from rwkv_runtime.plugins import Plugins
 from rwkv_runtime.state import State
 from rwkv_runtime.testing.models import BYTE_VOCABULARY, tiny_checkpoint
+from rwkv_runtime.testing.words import describe, reason
 
 ROWS = 2
 PIECES = (1, 1, 17, 2, 32, 11)  # one prompt in pieces of many lengths, so that the state is carried across them
@@ -33,10 +34,11 @@ class _Trial:
     def error(self, got: Tensor, expected: Tensor) -> str | None:
         """What is wrong with these logits, if anything."""
         if got.shape != expected.shape or got.dtype != torch.float32:
-            kind = str(got.dtype).removeprefix("torch.")
-            return f"gives {kind} {list(got.shape)} where float32 {list(expected.shape)} is expected"
+            return f"gives {describe(got)} where float32 {list(expected.shape)} is expected"
         off = float((got.double().cpu() - expected).abs().max() / expected.abs().max())
-        return None if off <= self.tolerance else f"is {off:.1e} away from the reference, {self.tolerance:.0e} is allowed"
+        if off <= self.tolerance:
+            return None
+        return f"is {off:.1e} away from the reference, {self.tolerance:.0e} is allowed"
 
 
 def check_backend(
@@ -73,29 +75,28 @@ def check_backend(
 
 def _problems(trial: _Trial) -> Iterator[str]:
     for given in (None, trial.model):
-        reason = trial.backend.why_not(given)
-        if reason is not None:
-            right = isinstance(reason, str) and reason.strip() and "\n" not in reason
-            yield f"cannot be used here: {reason}" if right else f"why_not gives {reason!r}, not None or one line"
+        refusal = trial.backend.why_not(given)
+        if refusal is not None:
+            right = isinstance(refusal, str) and refusal.strip() and "\n" not in refusal
+            yield f"cannot be used here: {refusal}" if right else f"why_not gives {refusal!r}, not None or one line"
             return
     try:
         forward = trial.backend.forward(trial.model)
     except Exception as error:  # whatever a stranger's backend raises is the finding
-        yield f"forward raises {_reason(error)}"
+        yield f"forward raises {reason(error)}"
         return
     checks: list[Callable[[_Trial, Forward], Iterator[str]]] = [_whole, _pieces, _view, _frozen]
     for check in checks:
         try:
             yield from check(trial, forward)
         except Exception as error:  # as above
-            yield f"{check.__doc__} raises {_reason(error)}"
+            yield f"{check.__doc__} raises {reason(error)}"
 
 
 def _whole(trial: _Trial, forward: Forward) -> Iterator[str]:
     """a prompt in one piece"""
-    with torch.no_grad():
-        last = forward(trial.tokens, trial.model.new_state(ROWS))
-        every = forward(trial.tokens, trial.model.new_state(ROWS), every=True)
+    last = forward(trial.tokens, trial.model.new_state(ROWS))
+    every = forward(trial.tokens, trial.model.new_state(ROWS), every=True)
     if problem := trial.error(last, trial.expected[:, -1]):
         yield f"a prompt in one piece: {problem}"
     if problem := trial.error(every, trial.expected):
@@ -109,14 +110,12 @@ def _pieces(trial: _Trial, forward: Forward) -> Iterator[str]:
     end = 0
     for size in PIECES:
         end += size
-        with torch.no_grad():
-            logits = forward(trial.tokens[:, end - size : end], state)
+        logits = forward(trial.tokens[:, end - size : end], state)
         if any(state.tensors[name] is not t for name, t in held.items()):
             yield "the caller's state gets new tensors; write into the ones it has"
             return
         if problem := trial.error(logits, trial.expected[:, end - 1]):
-            started = all(bool((t == s).all()) for t, s in zip(*_tensors(state, trial.model.new_state(ROWS)), strict=True))
-            hint = "; the caller's state is not updated" if started else ""
+            hint = "; the caller's state is not updated" if _equal(state, trial.model.new_state(ROWS)) else ""
             yield f"{size} token{'s' * (size > 1)} after {end - size} others: {problem}{hint}"
             return
 
@@ -126,12 +125,11 @@ def _view(trial: _Trial, forward: Forward) -> Iterator[str]:
     state = trial.model.new_state(ROWS + 1)
     spare = state.view(ROWS, ROWS + 1)
     before = spare.clone()
-    with torch.no_grad():
-        for t in (0, 1):
-            logits = forward(trial.tokens[:, t : t + 1], state.view(0, ROWS))
+    for t in (0, 1):
+        logits = forward(trial.tokens[:, t : t + 1], state.view(0, ROWS))
     if problem := trial.error(logits, trial.expected[:, 1]):
         yield f"a state that is a view of some rows: {problem}"
-    if any(not torch.equal(a, b) for a, b in zip(*_tensors(spare, before), strict=True)):
+    if not _equal(spare, before):
         yield "it changes rows of the state that are not in the view it is given"
 
 
@@ -146,30 +144,24 @@ def _frozen(trial: _Trial, forward: Forward) -> Iterator[str]:
         logits.copy_(forward(tokens, state))
         position.add_(1)
 
-    with torch.no_grad():
-        start = trial.tokens.shape[1] - TICKS
-        forward(trial.tokens[:, :start], state)
-        buffers = [*state.tensors.values(), logits, position]
-        before = [buffer.clone() for buffer in buffers]
-        frozen = trial.backend.freeze(tick, buffers)
-        if any(not torch.equal(a, b) for a, b in zip(buffers, before, strict=True)):
-            yield "freeze does not leave the buffers as it found them"
-            for buffer, value in zip(buffers, before, strict=True):
-                buffer.copy_(value)
-        for t in range(start, start + TICKS):
-            tokens.copy_(trial.tokens[:, t : t + 1])
-            frozen()
-            if problem := trial.error(logits, trial.expected[:, t]):
-                yield f"the frozen decode step, token {t - start + 1}: {problem}"
-                return
-        if position.tolist() != [[TICKS]] * ROWS:
-            yield f"the frozen decode step ran {position.flatten().tolist()} times, not {TICKS}"
+    start = trial.tokens.shape[1] - TICKS
+    forward(trial.tokens[:, :start], state)
+    buffers = [*state.tensors.values(), logits, position]
+    before = [buffer.clone() for buffer in buffers]
+    frozen = trial.backend.freeze(tick, buffers)
+    if any(not torch.equal(a, b) for a, b in zip(buffers, before, strict=True)):
+        yield "freeze does not leave the buffers as it found them"
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
+    for t in range(start, start + TICKS):
+        tokens.copy_(trial.tokens[:, t : t + 1])
+        frozen()
+        if problem := trial.error(logits, trial.expected[:, t]):
+            yield f"the frozen decode step, token {t - start + 1}: {problem}"
+            return
+    if position.tolist() != [[TICKS]] * ROWS:
+        yield f"the frozen decode step ran {position.flatten().tolist()} times, not {TICKS}"
 
 
-def _tensors(a: State, b: State) -> tuple[list[Tensor], list[Tensor]]:
-    return list(a.tensors.values()), list(b.tensors.values())
-
-
-def _reason(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+def _equal(a: State, b: State) -> bool:
+    return all(torch.equal(t, b[name]) for name, t in a.tensors.items())

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import math
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -15,26 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rwkv_runtime.errors import OptionError
 from rwkv_runtime.runtime import Runtime
-from rwkv_runtime.sampler import Controls, Sampler, check_params
+from rwkv_runtime.sampler import Controls, Sampler, Where, check_params
+from rwkv_runtime.testing.cases import BAD, Case, cases_of
+from rwkv_runtime.testing.words import author_line, describe, reason
 
 STEPS = 3  # tokens drawn for each case, so that what a sampler remembers is used
 DRAWS = 4096
 SIGMAS = 6.0  # the draws are keyed by fixed seeds, so that a check gives the same answer each time
 LENIENCY = 1e-6  # of a probability that depends on how many rows the same sum is vectorised over
-BAD = ("NaN", "+inf", "all masked")
-
-
-class _Case(NamedTuple):
-    """One row: logits, the values of the parameters, a seed."""
-
-    kind: str
-    logits: Tensor  # [V]
-    values: Mapping[str, float]
-    seed: int
-
-    def __str__(self) -> str:
-        values = ", ".join(f"{name}={value:g}" for name, value in self.values.items())
-        return f"logits: {self.kind}{'; ' * bool(values)}{values}"
 
 
 class _Played(NamedTuple):
@@ -42,7 +28,7 @@ class _Played(NamedTuple):
 
     kept: list[Tensor]  # [B, V] for each step
     drawn: list[Tensor]  # [B] for each step
-    changed: str | None
+    problem: str | None
 
 
 def distribution(sampler: Sampler, logits: Tensor, **params: float | Sequence[float]) -> Tensor:
@@ -52,7 +38,7 @@ def distribution(sampler: Sampler, logits: Tensor, **params: float | Sequence[fl
     `filter`; a row where nothing can be drawn is all zeros. Raises OptionError as the runtime does.
     """
     rows = logits.float() if logits.dim() > 1 else logits.float()[None]  # [B, V]
-    controls = Controls.allocate(sampler, *rows.shape, rows.device)
+    controls = Controls.allocate(sampler, len(rows), rows.shape[-1], rows.device)
     for row in range(len(rows)):
         given = {name: value if _is_number(value) else value[row] for name, value in params.items()}  # type: ignore[index]
         controls.set(row, check_params(sampler, given), seed=row, position=0)
@@ -68,7 +54,7 @@ def check_sampler(sampler: Sampler, *, vocab_size: int = 64) -> None:
     and, where `runs` is "graph", a call that waits for the host.
     """
     problems = list(_parameter_problems(sampler))
-    cases = list(_cases(sampler, vocab_size)) if not problems else []
+    cases = list(cases_of(sampler, vocab_size)) if not problems else []
     alone: list[_Played] = []
     if not problems:
         alone, problems = _play_alone(sampler, cases)
@@ -85,6 +71,8 @@ def check_sampler(sampler: Sampler, *, vocab_size: int = 64) -> None:
 
 def _parameter_problems(sampler: Sampler) -> Iterator[str]:
     taken = {*inspect.signature(Runtime.generate).parameters, *inspect.signature(Runtime.generate_batch).parameters}
+    if sampler.runs not in get_args(Where):
+        yield f"runs is {sampler.runs!r}, not one of {', '.join(get_args(Where))}"
     for name, param in sampler.params.items():
         if not name.isidentifier() or name in taken:
             yield f"{name!r} cannot be a parameter: it is no Python name, or an argument of generate() already"
@@ -96,111 +84,58 @@ def _parameter_problems(sampler: Sampler) -> Iterator[str]:
                 yield f"the {what} of {name} is out of its own bounds: {error}"
 
 
-def _cases(sampler: Sampler, vocab_size: int) -> Iterator[_Case]:
-    """Every hard row with every setting; rows that cannot be drawn from with the defaults alone."""
-    settings = list(_settings(sampler, vocab_size))
-    for kind, logits in _hard_logits(vocab_size).items():
-        for values in settings[:1] if kind in BAD else settings:
-            yield _Case(kind, logits, values, seed=0x9E3779B97F4A7C15 + len(kind))
-
-
-def _hard_logits(V: int) -> dict[str, Tensor]:
-    normal = torch.randn(V, generator=torch.Generator().manual_seed(1)) * 3
-    odd = torch.arange(V) % 2 == 1
-    one = torch.full((V,), -torch.inf)
-    one[V // 2] = 1.5
-    nan, infinite = normal.clone(), normal.clone()
-    nan[1], infinite[2] = torch.nan, torch.inf
-    return {
-        "normal": normal,
-        "half of them masked": normal.masked_fill(odd, -torch.inf),
-        "all equal": torch.zeros(V),
-        "two equal maxima": normal.clamp(max=float(normal.sort().values[-2])),
-        "one finite": one,
-        "from -10000 to 10000": torch.linspace(-1e4, 1e4, V),
-        "NaN": nan,
-        "+inf": infinite,
-        "all masked": torch.full((V,), -torch.inf),
-    }
-
-
-def _settings(sampler: Sampler, vocab_size: int) -> Iterator[dict[str, float]]:
-    defaults: dict[str, float] = {name: param.default for name, param in sampler.params.items()}
-    yield defaults
-    edges: dict[str, list[float]] = {}
-    for name, param in sampler.params.items():
-        wanted: list[float | None] = [param.low, param.high, param.off]
-        if isinstance(param.default, int):
-            wanted += [1, vocab_size + 1]  # more than there are tokens
-        fit = [v for v in wanted if v is not None and math.isfinite(v) and param.low <= v <= param.high]
-        edges[name] = [param.check(name, value) for value in fit] or [param.default]
-        yield from ({**defaults, name: value} for value in sorted({*edges[name]} - {param.default}))
-    if len(edges) > 1:
-        yield {name: min(values) for name, values in edges.items()}
-        yield {name: max(values) for name, values in edges.items()}
-
-
-def _controls(sampler: Sampler, cases: Sequence[_Case], vocab_size: int) -> Controls:
+def _controls(sampler: Sampler, cases: Sequence[Case], vocab_size: int) -> Controls:
     controls = Controls.allocate(sampler, len(cases), vocab_size, torch.device("cpu"))
     for row, case in enumerate(cases):
         controls.set(row, case.values, case.seed, position=7)
     return controls
 
 
-def _play(sampler: Sampler, cases: Sequence[_Case]) -> _Played:
-    """Filters, draws and remembers, some steps long, as the engine does."""
+def _play(sampler: Sampler, cases: Sequence[Case]) -> _Played:
+    """Filters, draws and remembers, some steps long, as the engine does; ends early where the rules are broken."""
     logits = torch.stack([case.logits for case in cases])  # [B, V]
     controls = _controls(sampler, cases, logits.shape[-1])
+    watched = (*controls.values.values(), controls.seed, controls.position)
     played = _Played([], [], None)
     for _ in range(STEPS):
-        given, twin = logits.clone(), logits.clone()
-        before = [t.clone() for t in (*controls.values.values(), controls.seed, controls.position)]
-        played.kept.append(sampler.filter(given, controls).clone())
-        played.drawn.append(sampler.sample(twin, controls).clone())
-        token = torch.where(logits.amax(dim=-1).isfinite(), played.drawn[-1], -1)
-        after = (*controls.values.values(), controls.seed, controls.position)
+        given, twin, before = logits.clone(), logits.clone(), [t.clone() for t in watched]
+        kept = sampler.filter(given, controls).clone()
+        if kept.shape != logits.shape or kept.dtype != torch.float32:
+            return played._replace(problem=f"filter gives {describe(kept)}, not float32 {list(logits.shape)}")
+        drawn = sampler.sample(twin, controls).clone()
+        if drawn.shape != (len(cases),) or drawn.dtype != torch.int64:
+            return played._replace(problem=f"sample gives {describe(drawn)}, not int64 {[len(cases)]}")
         if not (_same(given, logits) and _same(twin, logits)):
-            return played._replace(changed="changes the logits it is given; write the result to a new tensor")
-        if not all(map(_same, before, after)):
-            return played._replace(changed="changes the parameters, the seed or the position in its controls")
-        sampler.update(token, controls)
+            return played._replace(problem="changes the logits it is given; write the result to a new tensor")
+        if not all(map(_same, before, watched)):
+            return played._replace(problem="changes the parameters, the seed or the position in its controls")
+        played.kept.append(kept)
+        played.drawn.append(drawn)
+        sampler.update(torch.where(logits.amax(dim=-1).isfinite(), drawn, -1), controls)
         controls.position.add_(1)
     return played
 
 
-def _play_alone(sampler: Sampler, cases: Sequence[_Case]) -> tuple[list[_Played], list[str]]:
+def _play_alone(sampler: Sampler, cases: Sequence[Case]) -> tuple[list[_Played], list[str]]:
     """Each case by itself, and what was wrong: each mistake once, with the first case that shows it."""
-    results, found = [], dict[str, _Case]()
+    results, found = [], dict[str, Case]()
     for case in cases:
         try:
             played = _play(sampler, [case])
         except Exception as error:  # whatever a stranger's sampler raises is the finding
-            found.setdefault(f"raises {_reason(error)}{_author_line(error)}", case)
+            found.setdefault(f"raises {reason(error)}{author_line(error)}", case)
             continue
         results.append(played)
-        problem = played.changed or next(filter(None, map(_output_problem, played.kept, played.drawn)), None)
+        problems = [played.problem]
         if case.kind not in BAD:
-            problem = problem or next(
-                (p for k, d in zip(played.kept, played.drawn, strict=True) if (p := _choice_problem(case, k, d))), None
-            )
-        if problem:
+            problems += map(partial(_choice_problem, case), played.kept, played.drawn)
+        if problem := next(filter(None, problems), None):
             found.setdefault(problem, case)
     return results, [f"{problem} ({case})" for problem, case in found.items()]
 
 
-def _output_problem(kept: Tensor, drawn: Tensor) -> str | None:
-    if kept.dim() != 2 or len(kept) != 1 or kept.dtype != torch.float32:
-        return f"filter gives {_describe(kept)}, not float32 [B, V]"
-    if drawn.shape != (1,) or drawn.dtype != torch.int64:
-        return f"sample gives {_describe(drawn)}, not int64 [B]"
-    return None
-
-
-def _choice_problem(case: _Case, kept: Tensor, drawn: Tensor) -> str | None:
+def _choice_problem(case: Case, kept: Tensor, drawn: Tensor) -> str | None:
     """What is wrong with the choice in a row that can be drawn from; kept [1, V], drawn [1]."""
-    V = len(case.logits)
-    if kept.shape[1] != V:
-        return f"filter gives {_describe(kept)}, not float32 [B, V]"
     if bool(kept.isnan().any()) or bool((kept == torch.inf).any()):
         return "filter gives NaN or +inf, from which nothing can be drawn"
     if bool((kept == -torch.inf).all()):
@@ -210,19 +145,19 @@ def _choice_problem(case: _Case, kept: Tensor, drawn: Tensor) -> str | None:
         likely = bool((kept >= 0).all()) and abs(float(kept.sum()) - 1) < 1e-3
         hint = "; it gives probabilities where logits are expected" if likely else ""
         return f"filter brings back a masked id: one whose logit was -inf{hint}"
-    if not 0 <= int(drawn) < V:
+    if not 0 <= int(drawn) < len(case.logits):
         return f"sample draws {int(drawn)}, which is no token id"
     return "sample draws a token that filter does not keep" if kept[0, int(drawn)] == -torch.inf else None
 
 
-def _repeat_problem(sampler: Sampler, cases: Sequence[_Case]) -> str | None:
+def _repeat_problem(sampler: Sampler, cases: Sequence[Case]) -> str | None:
     first, second = _play(sampler, cases), _play(sampler, cases)
     if all(map(_same, first.kept + first.drawn, second.kept + second.drawn)):
         return None
     return "does not repeat with the same seed; draw with controls.draw, or from a noise keyed by seed and position"
 
 
-def _row_problem(sampler: Sampler, cases: Sequence[_Case], alone: Sequence[_Played]) -> str | None:
+def _row_problem(sampler: Sampler, cases: Sequence[Case], alone: Sequence[_Played]) -> str | None:
     """Compares each row in a batch, in both orders, with itself alone."""
     for order in (range(len(cases)), range(len(cases) - 1, -1, -1)):
         batch = _play(sampler, [cases[i] for i in order])
@@ -240,7 +175,7 @@ def _row_problem(sampler: Sampler, cases: Sequence[_Case], alone: Sequence[_Play
 def _frequency_problem(sampler: Sampler, varied: str) -> str | None:
     """Draws often from one row, and counts."""
     logits = torch.linspace(0, -3, 12).expand(DRAWS, -1).contiguous()  # [N, V]
-    controls = Controls.allocate(sampler, *logits.shape, logits.device)
+    controls = Controls.allocate(sampler, DRAWS, 12, logits.device)
     numbers = torch.arange(DRAWS)[:, None]
     (controls.seed if varied == "seed" else controls.position).copy_(numbers)
     p = _probabilities(sampler.filter(logits.clone(), controls))
@@ -256,7 +191,7 @@ def _frequency_problem(sampler: Sampler, varied: str) -> str | None:
     )
 
 
-class _NoMasks(TorchDispatchMode):
+class _NoMasks(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Refuses what waits for the host on a GPU and yet runs on tensors without data."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -271,24 +206,14 @@ def _host_problem(sampler: Sampler, vocab_size: int) -> str | None:
     controls = Controls.allocate(sampler, 2, vocab_size, torch.device("meta"))
     logits = torch.zeros(2, vocab_size, device="meta")
     try:
-        with _NoMasks():
+        with _NoMasks():  # type: ignore[no-untyped-call]
             sampler.filter(logits, controls)
             sampler.update(sampler.sample(logits, controls), controls)
     except Exception as error:  # torch raises several types here
-        reason = "mixes devices; make tensors with device=logits.device" if "not on the expected device" in str(error) \
-            else 'waits for the host, which a graph cannot do; avoid it, or say runs = "device"'
-        return f"{reason}{_author_line(error)}"
+        if "not on the expected device" in str(error):
+            return f"mixes devices; make tensors with device=logits.device{author_line(error)}"
+        return f'waits for the host, which a graph cannot do; avoid it, or say runs = "device"{author_line(error)}'
     return None
-
-
-def _author_line(error: BaseException) -> str:
-    """Where in the author's own file an error came from."""
-    ours, torchs = Path(__file__), Path(torch.__file__).parent
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        path = Path(frame.filename)
-        if path != ours and torchs not in path.parents:
-            return f" [{path.name}, line {frame.lineno}: {frame.line}]"
-    return ""
 
 
 def _probabilities(kept: Tensor) -> Tensor:
@@ -303,12 +228,3 @@ def _is_number(value: object) -> bool:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.nan_to_num(1.25e9), b.nan_to_num(1.25e9))
-
-
-def _describe(t: Tensor) -> str:
-    return f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"
-
-
-def _reason(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
