@@ -1,0 +1,289 @@
+"""The training code: its WKV against the naive recurrence, exact resumption, the held-out split, export."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from rwkv_runtime.tokenizer import Tokenizer
+from training.arrays import load_tokens, save_tokens
+from training.data import IGNORED, Heldout, Windows
+from training.evaluate import bits_per_byte
+from training.export import export, load_model
+from training.model import ModelConfig, StoryModel
+from training.prepare import is_heldout, learn_vocabulary, prepare, split_documents
+from training.sample import LayerState, model_step, sample
+from training.schedule import Budget, Schedule, format_mix, parse_mix
+from training.train import Trainer, TrainOptions
+from training.wkv import wkv, wkv_recurrence
+
+CPU = torch.device("cpu")
+TINY = ModelConfig(vocab_size=300, width=128, layers=2, dropout=0.1)
+
+
+def wkv_inputs(decays: str, length: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """r, k, v, lw [2, T, 2, 8] and u [2, 8], from a fixed seed."""
+    generator = torch.Generator().manual_seed(5)
+    r, k, v, noise = torch.randn(4, 2, length, 2, 8, generator=generator, dtype=torch.float64)
+    uniform = torch.rand(noise.shape, generator=generator, dtype=torch.float64)
+    lw = {
+        "strong": torch.full_like(noise, -20.0),
+        "weak": -1e-6 * uniform,
+        "mixed": -torch.exp(uniform * 12 - 9),  # log w from -20 to -1e-4
+        "far apart": torch.where(noise > 0, -20.0, -1e-6).double(),
+    }[decays]
+    u = torch.randn(2, 8, generator=generator, dtype=torch.float64)
+    return [x.to(dtype).requires_grad_() for x in (r, k, v, lw, u)]
+
+
+def apply_wkv(inputs: Sequence[Tensor], chunk: int = 16) -> Tensor:
+    r, k, v, lw, u = inputs
+    return wkv(r, k, v, lw, u, chunk)
+
+
+def with_gradients(out: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """A result and its gradients for a fixed direction."""
+    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    return [out, *torch.autograd.grad(out, inputs, direction.to(out.dtype))]
+
+
+@pytest.mark.parametrize("decays", ["strong", "weak", "mixed", "far apart"])
+@pytest.mark.parametrize(("length", "chunk"), [(2, 16), (16, 16), (37, 16), (96, 32), (9, 4)])
+def test_chunked_wkv_is_the_recurrence(decays: str, length: int, chunk: int) -> None:
+    inputs = wkv_inputs(decays, length)
+    expected = with_gradients(wkv_recurrence(*inputs), inputs)
+    actual = with_gradients(apply_wkv(inputs, chunk), inputs)
+    for value, reference in zip(actual, expected, strict=True):
+        torch.testing.assert_close(value, reference, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("decays", ["strong", "weak", "mixed", "far apart"])
+def test_chunked_wkv_in_fp32_is_close_to_fp64(decays: str) -> None:
+    inputs = wkv_inputs(decays, 96)
+    single = wkv_inputs(decays, 96, torch.float32)
+    expected = with_gradients(wkv_recurrence(*inputs), inputs)
+    actual = with_gradients(apply_wkv(single), single)
+    for value, reference in zip(actual, expected, strict=True):
+        # A gradient that all but vanishes is a difference of terms of order 1.
+        error = (value.double() - reference).abs().max() / reference.abs().max().clamp(min=1.0)
+        assert error < 5e-5
+
+
+def test_wkv_passes_gradcheck() -> None:
+    inputs = [x.detach()[:1, :5].clone().requires_grad_() for x in wkv_inputs("mixed", 5)[:4]]
+    bonus = wkv_inputs("mixed", 5)[4]
+    assert torch.autograd.gradcheck(lambda *x: apply_wkv(x, 4), (*inputs, bonus))
+
+
+def shaken_model(config: ModelConfig) -> StoryModel:
+    """A model none of whose parameters is at its start, where many are zero."""
+    torch.manual_seed(3)
+    model = StoryModel(replace(config, dropout=0.0)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@torch.no_grad()
+def test_stepwise_decoding_is_the_whole_sequence() -> None:
+    model = shaken_model(TINY)
+    tokens = torch.randint(TINY.vocab_size, (3, 40), generator=torch.Generator().manual_seed(1))
+    states = [LayerState.zero(model.layer(index), 3) for index in range(2)]
+    stepped = torch.stack([model_step(model, tokens[:, t], states) for t in range(40)], dim=1)
+    torch.testing.assert_close(stepped, model(tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_exported_names_and_shapes_are_blinkdls(tmp_path: Path) -> None:
+    model = shaken_model(TINY)
+    export(model.state_dict(), tmp_path / "model.safetensors")
+    safetensors = pytest.importorskip("safetensors.torch")
+    tensors = safetensors.load_file(tmp_path / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    assert shapes["emb.weight"] == shapes["head.weight"] == (300, 128)
+    assert shapes["blocks.0.ln0.weight"] == (128,)
+    assert "blocks.1.ln0.weight" not in shapes
+    assert shapes["blocks.1.att.time_maa_w"] == shapes["blocks.1.att.time_decay"] == (1, 1, 128)
+    assert shapes["blocks.1.att.time_maa_w1"] == (128, 160)
+    assert shapes["blocks.1.att.time_maa_w2"] == (5, 32, 128)
+    assert shapes["blocks.1.att.time_decay_w1"] == (128, 64)
+    assert shapes["blocks.1.att.time_decay_w2"] == (64, 128)
+    assert shapes["blocks.1.att.time_faaaa"] == (2, 64)
+    assert shapes["blocks.1.ffn.key.weight"] == (448, 128)
+    reloaded = load_model(tmp_path / "model.safetensors")
+    for name, tensor in reloaded.state_dict().items():
+        torch.testing.assert_close(tensor, model.state_dict()[name].bfloat16().float(), rtol=0, atol=0)
+
+
+def text_windows() -> Windows:
+    generator = torch.Generator().manual_seed(2)
+    arrays = [torch.randint(1, 300, (3000,), generator=generator, dtype=torch.int32) for _ in range(2)]
+    for array in arrays:
+        array[::100] = 0
+    return Windows.from_arrays(["one", "two"], arrays, CPU)
+
+
+def trainer(folder: Path, steps: int = 4) -> Trainer:
+    folder.mkdir(exist_ok=True)
+    options = TrainOptions(
+        model=TINY,
+        schedule=Schedule(peak=3e-3, warmup_steps=2, decay_share=0.5),
+        budget=Budget(steps),
+        main_mix={"one": 0.7, "two": 0.3},
+        decay_mix={"two": 1.0},
+        rows=3,
+        length=32,
+        compiled=False,
+        log_every=1,
+    )
+    return Trainer(options, text_windows(), None, folder)
+
+
+def test_a_resumed_run_repeats_an_uninterrupted_one(tmp_path: Path) -> None:
+    whole = trainer(tmp_path / "whole")
+    whole.run()
+    first = trainer(tmp_path / "parts")
+    for _ in range(2):
+        first.train_step(first.progress())
+    first.save("last.pt")
+    second = trainer(tmp_path / "parts")
+    second.load(tmp_path / "parts" / "last.pt")
+    second.run()
+    assert second.step == whole.step == 4
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, second.model.state_dict()[name]), name
+    assert not list(tmp_path.glob("*/*.partial"))
+
+
+def test_training_lowers_the_loss(tmp_path: Path) -> None:
+    run = trainer(tmp_path, steps=30)
+    run.run()
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in records if "rate" in record]
+    assert losses[-1] < losses[0] - 0.1
+    assert (tmp_path / "stable.pt").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    with torch.no_grad():
+        run.model.head.weight.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="nan"):
+        run.run()
+    assert not (tmp_path / "last.pt").exists()
+
+
+def test_windows_lie_inside_their_source() -> None:
+    windows = text_windows()
+    only_second = windows.weights({"two": 2.0})
+    assert only_second.tolist() == [0.0, 1.0]
+    generator = torch.Generator().manual_seed(0)
+    inputs, targets = windows.batch(only_second, 50, 32, 1.0, generator)
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    starts_with_document = inputs[:, 0] == 0  # the last document is too short: its window begins earlier
+    assert starts_with_document.float().mean() > 0.8
+    second = windows.tokens[3000:].long().unfold(0, 33, 1)
+    for row in torch.cat([inputs, targets[:, -1:]], dim=1):
+        assert (second == row).all(1).any()
+    with pytest.raises(ValueError, match="unknown sources"):
+        windows.weights({"three": 1.0})
+
+
+def test_schedule_follows_steps_or_time_whichever_is_further() -> None:
+    budget = Budget(steps=100, minutes=2.0)
+    assert budget.progress(50, 0.0) == 0.5
+    assert budget.progress(50, 90.0) == 0.75
+    schedule = Schedule(peak=1.0, warmup_steps=10, decay_share=0.25)
+    assert schedule.rate(0, 0.0) == pytest.approx(0.1)
+    assert schedule.rate(50, 0.5) == 1.0
+    assert schedule.decaying(0.75)
+    assert not schedule.decaying(0.74)
+    assert schedule.rate(90, 1.0) == 0.0
+    assert parse_mix(format_mix({"one": 0.25, "two": 0.75})) == {"one": 0.25, "two": 0.75}
+
+
+def test_documents_are_split_and_told_apart() -> None:
+    text = "One.\n\nStill one.\n<|endoftext|>\n<|endoftext|>\nTwo.\n<|endoftext|>\nTwo.\n<|endoftext|>\n"
+    assert list(split_documents(text)) == ["One.\n\nStill one.", "Two."]
+
+
+def test_hold_out_is_deterministic_and_one_per_cent() -> None:
+    held = [number for number in range(5000) if is_heldout(f"document {number}")]
+    assert held == [number for number in range(5000) if is_heldout(f"document {number}")]
+    assert 25 < len(held) < 80
+
+
+def small_corpus(folder: Path) -> list[str]:
+    documents = [f"Tom had {number} red hats. He saw a dög and ran {number * 7} miles." for number in range(400)]
+    text = "".join(f"{document}\n<|endoftext|>\n" for document in documents)
+    folder.mkdir()
+    (folder / "hats.txt.xz").write_bytes(lzma.compress(text.encode("utf-8")))
+    return documents
+
+
+def test_prepared_corpus(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
+    documents = small_corpus(tmp_path / "corpus")
+    prepare(tmp_path / "corpus", tmp_path / "data", entries=300, workers=1)
+    tokenizer = Tokenizer.from_file(tmp_path / "data" / "vocab.txt")
+    assert [tokenizer.decode_bytes([byte + 1]) for byte in range(256)] == [bytes([b]) for b in range(256)]
+    found = {}
+    for split in ("train", "heldout"):
+        tokens = load_tokens(tmp_path / "data" / f"hats.{split}.npy.xz")
+        assert tokens.dtype == np.uint16
+        pieces = np.split(tokens, np.flatnonzero(tokens == 0))[1:]
+        found[split] = {tokenizer.decode(piece.tolist()) for piece in pieces}
+        assert all(tokenizer.encode(tokenizer.decode(piece.tolist())) == piece[1:].tolist() for piece in pieces)
+    assert not found["train"] & found["heldout"]
+    assert found["heldout"]
+    assert found["train"] | found["heldout"] == set(documents)
+    meta = json.loads((tmp_path / "data" / "meta.json").read_text(encoding="utf-8"))
+    count = sum(len(document.encode("utf-8")) for document in found["heldout"])
+    assert meta["sources"]["hats"]["heldout"]["bytes"] == count
+
+    heldout = Heldout.load(tmp_path / "data", 16, 50, 300, CPU)
+    tokens = meta["sources"]["hats"]["heldout"]["tokens"]
+    assert int((heldout.windows[:, 1:] != IGNORED).sum()) == tokens - 1
+    assert heldout.bytes.tolist() == [count]
+    assert len(Heldout.load(tmp_path / "data", 16, 2, 300, CPU).windows) == 2
+    model = shaken_model(TINY)
+    report = bits_per_byte(model, tmp_path / "data")["hats"]
+    assert report["bytes"] == count
+    with torch.no_grad():  # the same, one document at a time and without padding
+        nats = 0.0
+        for document in sorted(found["heldout"]):
+            ids = torch.tensor([[0, *tokenizer.encode(document), 0]])
+            nats += float(model.losses(ids[:, :-1], ids[:, 1:]).double().sum())
+    assert report["bits_per_byte"] == pytest.approx(nats / math.log(2) / count, rel=1e-5)
+
+
+def test_vocabulary_tokens_do_not_cross_words() -> None:
+    pytest.importorskip("tokenizers")
+    tokens = learn_vocabulary(iter(["the cat sat. the cat ran\n\nthe cat slept 10 times"] * 20), 290)
+    assert len(tokens) <= 289
+    assert b" cat" in tokens.values()
+    assert all(b" " not in token[1:] for token in tokens.values())
+
+
+def test_token_arrays_survive_the_disk(tmp_path: Path) -> None:
+    tokens = np.arange(4096, dtype=np.uint16)
+    save_tokens(tmp_path / "a.npy.xz", tokens)
+    assert np.array_equal(load_tokens(tmp_path / "a.npy.xz"), tokens)
+
+
+def test_samples_depend_on_the_seed_alone() -> None:
+    model = shaken_model(TINY)
+    first = sample(model, [5], 4, 20, 0.8, 0.9, seed=1)
+    assert first == sample(model, [5], 4, 20, 0.8, 0.9, seed=1)
+    assert first != sample(model, [5], 4, 20, 0.8, 0.9, seed=2)
+    assert all(story[0] == 5 and 0 not in story for story in first)

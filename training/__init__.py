@@ -1,0 +1,1 @@
+"""Training of the embedded story model: corpus, model, optimisation, evaluation.  Not part of the wheel."""
