@@ -1,0 +1,43 @@
+"""The story model that comes with the package."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.resources import files
+from pathlib import Path
+
+from rwkv_runtime.errors import CheckpointError
+
+MANIFEST = "story.json"
+REINSTALL = "reinstall with: pip install --force-reinstall --no-deps rwkv-runtime"
+
+
+def embedded_model(folder: Path | None = None) -> Path:
+    """Path of the embedded checkpoint; its vocabulary lies beside it.
+
+    Raises CheckpointError for a file that is missing or not the one that was shipped, saying which, what was
+    expected and how to reinstall.
+    """
+    folder = folder or Path(str(files("rwkv_runtime"))) / "data"
+    manifest = folder / MANIFEST
+    try:
+        expected = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CheckpointError(
+            f"{manifest}: the embedded model's list of files is missing or damaged; {REINSTALL}"
+        ) from None
+    for name, facts in expected.items():
+        _check(folder / name, int(facts["bytes"]), str(facts["sha256"]))
+    return folder / "story.safetensors"
+
+
+def _check(path: Path, size: int, sha256: str) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing; the embedded model needs it ({size:,} bytes); {REINSTALL}")
+    actual = path.stat().st_size
+    if actual != size:
+        raise CheckpointError(f"{path}: damaged: {actual:,} bytes, expected {size:,}; {REINSTALL}")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != sha256:
+        raise CheckpointError(f"{path}: damaged: its SHA-256 is {digest}, expected {sha256}; {REINSTALL}")
