@@ -1,0 +1,1 @@
+"""Benchmarks: `pytest benchmarks` compares the backends with each other and with other programs."""

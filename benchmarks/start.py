@@ -1,0 +1,86 @@
+"""`python -m benchmarks.start CHECKPOINT PROGRAM DTYPE DEVICE`: a fresh process up to its first token, as JSON.
+
+Imports come inside, for they are part of what is timed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+PROMPT = list(range(100, 132))
+
+
+class Start(NamedTuple):
+    """Seconds, from one step to the next; first_token is from the start to the first token. Peak memory in GB."""
+
+    imports: float
+    load: float
+    prepare: float
+    first_token: float
+    peak_gb: float
+
+
+def environment(cache: Path) -> dict[str, str]:
+    """That of this process, with a compiler cache in its own folder."""
+    return {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"), "TRITON_CACHE_DIR": str(cache / "triton")}
+
+
+def start_ours(path: Path, backend: str, dtype: str, device: str) -> list[float]:
+    """Readings of the clock: after the imports, the load, the preparation and the first token."""
+    import rwkv_runtime
+
+    rwkv_runtime.load  # noqa: B018  (imports torch)
+    times = [time.perf_counter()]
+    model = rwkv_runtime.load(path, backend=backend, dtype=dtype, device=device)
+    times.append(time.perf_counter())
+    model.engine("nucleus")
+    times.append(time.perf_counter())
+    engine = model.engine("nucleus")
+    generation = engine.submit(model.request(PROMPT, max_tokens=1, seed=1))
+    for _ in engine.stream(generation):
+        pass
+    if model.backend.name != backend:
+        raise SystemExit(f"{backend} gave way to {model.backend.name}")
+    return [*times, time.perf_counter()]
+
+
+def start_package(path: Path, dtype: str, device: str) -> list[float]:
+    os.environ |= {"RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0"}  # both are read when the package is imported
+    from rwkv.model import RWKV
+    from rwkv.utils import PIPELINE
+
+    times = [time.perf_counter()]
+    short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[dtype]
+    model = RWKV(str(path.with_suffix("")), f"{device} {short}", verbose=False)
+    times.append(time.perf_counter())
+    pipeline = PIPELINE(model, "rwkv_vocab_v20230424")
+    times.append(time.perf_counter())
+    logits, _ = model.forward(PROMPT, None)
+    pipeline.decode([pipeline.sample_logits(logits, top_p=0.8)])
+    return [*times, time.perf_counter()]
+
+
+def main(path: str, program: str, dtype: str, device: str) -> None:
+    begin = time.perf_counter()
+    if program == "rwkv package":
+        times = start_package(Path(path), dtype, device)
+    else:
+        times = start_ours(Path(path), program, dtype, device)
+    steps = [after - before for before, after in zip([begin, *times], times, strict=False)]
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    if device != "cpu":
+        import torch
+
+        peak = torch.cuda.max_memory_allocated() / 1e9
+    print(json.dumps(Start(steps[0], steps[1], steps[2], times[-1] - begin, peak)._asdict()))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
