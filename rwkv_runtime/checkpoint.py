@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -49,6 +50,8 @@ def _size(path: Path) -> int:
         raise CheckpointError(f"{path}: a directory; give the .pth or .safetensors file in it")
     try:
         size = path.stat().st_size
+        if not path.is_file():  # opening a pipe could block for ever
+            raise CheckpointError(f"{path}: not a regular file")
         with path.open("rb"):
             pass
     except FileNotFoundError:
@@ -72,7 +75,9 @@ def _open_zip(path: Path) -> Mapping[str, object]:
     if index[0].file_size > MAX_INDEX or any(e.compress_type != zipfile.ZIP_STORED for e in entries):
         raise CheckpointError(f"{path}: not a checkpoint as torch.save writes it (compressed, or its index is huge)")
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about what the file holds; a bad one costs one line, below
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
         raise CheckpointError(
             f"{path}: its pickle asks for more than tensors, which could run code; refused. "
@@ -116,6 +121,8 @@ def _check_tensors(path: Path, size: int, loaded: Mapping[str, object]) -> dict[
         if not isinstance(name, str) or not isinstance(t, Tensor):
             hint = f"{name!r} is a {type(t).__name__}"
             raise CheckpointError(f"{path}: not a dictionary of tensors ({hint}); save the state dict alone")
+        if not name.isprintable():
+            raise CheckpointError(f"{path}: not a checkpoint (it has a tensor called {name!r:.80})")
         if t.layout != torch.strided or t.device.type != "cpu" or t.dtype not in FLOATS:
             kind = str(t.dtype).removeprefix("torch.")
             raise CheckpointError(f"{path}: tensor {name} is {kind}; dense float32, bfloat16 or float16 is expected")

@@ -112,9 +112,7 @@ class Engine:
     Raises BackendError where the backend cannot prepare its forward pass or its decode step.
     """
 
-    def __init__(
-        self, model: Model, backend: Backend, sampler: Sampler, tokenizer: Tokenizer, rows: int = 1
-    ) -> None:
+    def __init__(self, model: Model, backend: Backend, sampler: Sampler, tokenizer: Tokenizer, rows: int = 1) -> None:
         self.model, self.backend, self.sampler, self.tokenizer = model, backend, sampler, tokenizer
         self.rows = rows
         V, device = model.config.vocab_size, model.device

@@ -87,9 +87,7 @@ class Architecture(ABC):
         """The family's usual proportions for a model of these sizes."""
 
     @abstractmethod
-    def random(
-        self, config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32
-    ) -> dict[str, Tensor]:
+    def random(self, config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """A checkpoint of these sizes with random weights, for tests and benchmarks."""
 
     @abstractmethod

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rwkv_runtime.backend import Backend
 from rwkv_runtime.checkpoint import Progress, build_model, check_sha256, open_tensors
+from rwkv_runtime.embedded import embedded_model
 from rwkv_runtime.engine import CHUNK, Engine, Generation, Request
 from rwkv_runtime.errors import BackendError, OptionError, RwkvError, StateError, VocabularyError
 from rwkv_runtime.model import Model
@@ -27,7 +28,7 @@ logger = logging.getLogger("rwkv_runtime")
 
 
 def load(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | None = None,
     *,
     backend: str = AUTO,
     dtype: str | None = None,
@@ -37,7 +38,7 @@ def load(
     plugins: Plugins | None = None,
     progress: Progress | None = None,
 ) -> Runtime:
-    """Loads a checkpoint (.pth or .safetensors) for use.
+    """Loads a checkpoint (.pth or .safetensors) for use; without a path, the embedded story model.
 
     dtype is "bfloat16", "float16" or "float32" (default: the file's own); device is "cpu" or "cuda"
     (default: CUDA where there is one). The vocabulary is `vocab`, else a file `NAME.vocab.txt` beside
@@ -48,6 +49,7 @@ def load(
     where, kind = parse_device(device), parse_dtype(dtype)
     if backend != AUTO:
         plugins.backends.get(backend)
+    path = embedded_model() if path is None else path
     if sha256:
         check_sha256(path, sha256)
     tensors = open_tensors(path)
@@ -91,9 +93,7 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
     return DTYPES[full]
 
 
-def find_vocabulary(
-    path: str | os.PathLike[str], vocab: str | os.PathLike[str] | None, vocab_size: int
-) -> Tokenizer:
+def find_vocabulary(path: str | os.PathLike[str], vocab: str | os.PathLike[str] | None, vocab_size: int) -> Tokenizer:
     """The vocabulary of a checkpoint. Raises VocabularyError where none fits, saying where it looked."""
     beside = Path(path).with_suffix(".vocab.txt")
     if vocab is not None:
@@ -126,7 +126,7 @@ class Runtime:
         self.plugins = plugins
         self._candidates = self._order(backend)
         self.backend = self._candidates.pop(0)
-        if (reason := self.backend.why_not(model)) is not None:
+        if (reason := why_not(self.backend, model)) is not None:
             self._give_way(reason, quiet=backend == AUTO)
         self._prepare()
         self._engines: dict[tuple[str, int], Engine] = {}
@@ -143,7 +143,7 @@ class Runtime:
         failed = self.backend
         while self._candidates:
             self.backend = self._candidates.pop(0)
-            if self.backend.why_not(self.model) is None:
+            if why_not(self.backend, self.model) is None:
                 if not quiet:
                     logger.warning(f"backend {failed.name}: {reason}; using {self.backend.name} instead")
                 return
@@ -155,7 +155,7 @@ class Runtime:
                 self._forward = self.backend.forward(self.model)
                 return
             except Exception as error:  # a stranger's backend may raise anything; its reason is shown
-                self._give_way(f"{error}" if isinstance(error, RwkvError) else f"{type(error).__name__}: {error}")
+                self._give_way(_reason(error))
 
     def engine(self, sampler: str = "nucleus", rows: int = 1) -> Engine:
         """The engine for a sampler (or chain) and a number of rows, prepared once."""
@@ -272,4 +272,19 @@ def _chunks(tokens: Sequence[int]) -> Iterator[Sequence[int]]:
 
 def usable(plugins: Plugins, model: Model | None = None) -> Mapping[str, str | None]:
     """Every backend with None where it is usable here, else the reason it is not."""
-    return {backend.name: backend.why_not(model) for backend in plugins.backends}
+    return {backend.name: why_not(backend, model) for backend in plugins.backends}
+
+
+def why_not(backend: Backend, model: Model | None) -> str | None:
+    """None where the backend is usable here, else its reason; one that cannot even say so is not."""
+    try:
+        return backend.why_not(model)
+    except Exception as error:  # a stranger's backend may raise anything; its reason is shown
+        return _reason(error)
+
+
+def _reason(error: Exception) -> str:
+    first = str(error).strip().splitlines()
+    if isinstance(error, RwkvError) and first:
+        return first[0]
+    return f"{type(error).__name__}: {first[0]}" if first else type(error).__name__

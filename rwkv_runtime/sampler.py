@@ -138,11 +138,14 @@ class Chain(Sampler):
     """Samplers in a row: each one's filter in order, then one draw."""
 
     def __init__(self, stages: Sequence[Sampler]) -> None:
-        """Raises OptionError where two stages have a parameter of the same name, or the same slot."""
+        """Raises OptionError where two stages have a parameter of the same name, or one has no filter."""
         self.stages = tuple(stages)
         self.label = ",".join(stage.name for stage in stages)
         params: dict[str, Param] = {}
         for stage in stages:
+            kind = type(stage)
+            if kind.filter is Sampler.filter and kind.sample is not Sampler.sample:
+                raise OptionError(f"sampler {stage.name} draws in its own way; it cannot be part of a chain")
             for name, param in stage.params.items():
                 if name in params:
                     raise OptionError(f"the chain {self.label} has {name!r} twice; leave one of the two samplers out")

@@ -78,8 +78,8 @@ def _placed(loaded: State, model: Model) -> State:
         raise StateError(f"a state of {loaded.rows} texts; one is expected")
     state.copy(loaded, 0, 0)
     for name, t in state.tensors.items():
-        if not bool(torch.isfinite(t).all()):
-            raise StateError(f"the state's {name!r} holds NaN or infinity, or does not fit {t.dtype}")
+        if not loaded[name].is_floating_point() or not bool(torch.isfinite(t).all()):
+            raise StateError(f"the state's {name!r} is damaged: not finite, or not {t.dtype}")
     return state
 
 

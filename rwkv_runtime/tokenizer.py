@@ -229,9 +229,7 @@ def _parsed_line(line: bytes, place: str) -> tuple[int, int, bytes]:
     return int(match[1]), int(match[3]), token
 
 
-def _validated(
-    entries: Iterable[tuple[int, bytes]], name: str, unit: str
-) -> tuple[dict[int, bytes], dict[bytes, int]]:
+def _validated(entries: Iterable[tuple[int, bytes]], name: str, unit: str) -> tuple[dict[int, bytes], dict[bytes, int]]:
     """Entries as id to token and token to id; `name` and `unit` say in messages where an entry is."""
     tokens: dict[int, bytes] = {}
     ids: dict[bytes, int] = {}

@@ -4,7 +4,7 @@ Peng et al., "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurr
 Annotations here are real types, not strings: torch.jit.script reads them.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rwkv_layers import rwkv6_reference
+from rwkv_layers.rwkv6_shapes import Shapes, expected_shapes, expected_state
 from rwkv_layers.wkv6 import wkv_chunked, wkv_step
 from rwkv_runtime import Architecture, CheckpointError, ModelConfig, Place, State, TensorSpec, hookimpl
 
@@ -124,7 +125,7 @@ class RWKV6(Architecture):
         return "it has no blocks.*.att.time_maa_* tensors"
 
     def config(self, shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:
-        shape = _Shapes(shapes)
+        shape = Shapes(shapes)
         layers = 1
         while any(name.startswith(f"blocks.{layers}.") for name in shapes):
             layers += 1
@@ -138,17 +139,15 @@ class RWKV6(Architecture):
         config = ModelConfig(layers, C, H, N, width, V, ranks)
         if H * N != C:
             raise CheckpointError(f"tensor blocks.0.att.time_faaaa is {[H, N]}, which is not {C} in all")
-        for name, expected in (_expected(config) | _expected_state(config, shapes)).items():
+        for name, expected in (expected_shapes(config) | expected_state(config, shapes)).items():
             shape.expect(name, expected)
         return config
 
-    def weights(
-        self, tensors: Mapping[str, Tensor], config: ModelConfig, place: Place, dtype: torch.dtype
-    ) -> Weights:
+    def weights(self, tensors: Mapping[str, Tensor], config: ModelConfig, place: Place, dtype: torch.dtype) -> Weights:
         def norm(name: str) -> Norm:
             return Norm(*(place(f"{name}.{part}", tensors[f"{name}.{part}"]) for part in ("weight", "bias")))
 
-        tensors = {name: tensors[name].reshape(shape) for name, shape in _expected(config).items()}
+        tensors = {name: tensors[name].reshape(shape) for name, shape in expected_shapes(config).items()}
         rescaled = dtype == torch.float16
         emb = place("emb.weight", tensors["emb.weight"])
         blocks = []
@@ -169,7 +168,7 @@ class RWKV6(Architecture):
 
     def initial_state(self, tensors: Mapping[str, Tensor], config: ModelConfig, place: Place) -> dict[str, Tensor]:
         """The WKV state of a state-tuned file, which keeps it as [H, V, K]."""
-        shapes = _expected_state(config, tensors)
+        shapes = expected_state(config, tensors)
         layers = [place(name, tensors[name].reshape(shape), torch.float32) for name, shape in shapes.items()]
         return {"att_kv": torch.stack(layers).transpose(2, 3).contiguous()} if layers else {}
 
@@ -205,67 +204,15 @@ class RWKV6(Architecture):
         width = int(n_embd * 3.5) // 32 * 32
         return ModelConfig(n_layer, n_embd, n_embd // head_size, head_size, width, vocab_size, ranks)
 
-    def random(
-        self, config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32
-    ) -> dict[str, Tensor]:
-        return rwkv6_reference.random_checkpoint(_expected(config), seed, dtype)
+    def random(self, config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        return rwkv6_reference.random_checkpoint(expected_shapes(config), seed, dtype)
 
     def reference(self, tensors: Mapping[str, Tensor], tokens: Sequence[int]) -> Tensor:
         config = self.config({name: tuple(t.shape) for name, t in tensors.items()})
         return rwkv6_reference.logits(tensors, config, tokens)
 
 
-class _Shapes:
-    """Shapes of a file's tensors, axes of length one left out: files differ in where they keep those."""
-
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self.shapes = shapes
-
-    def get(self, name: str, axes: int) -> tuple[int, ...]:
-        if name not in self.shapes:
-            raise CheckpointError(f"tensor {name} is missing")
-        if len(self.shapes[name]) != axes or 0 in self.shapes[name]:
-            raise CheckpointError(f"tensor {name} is {list(self.shapes[name])}, not of {axes} axes")
-        return self.shapes[name]
-
-    def expect(self, name: str, expected: tuple[int, ...]) -> None:
-        if name not in self.shapes:
-            raise CheckpointError(f"tensor {name} is missing")
-        actual = self.shapes[name]
-        if [n for n in actual if n != 1] != [n for n in expected if n != 1]:
-            raise CheckpointError(f"tensor {name} is {list(actual)}, it should be {list(expected)}")
-
-
-def _expected(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a checkpoint of these sizes, with its shape."""
-    C, F_, V = config.n_embd, config.n_ffn, config.vocab_size
-    R, D = config.ranks["maa"], config.ranks["decay"]
-    shapes: dict[str, tuple[int, ...]] = {"emb.weight": (V, C), "head.weight": (V, C)}
-    norms = ["blocks.0.ln0", "ln_out"]
-    for i in range(config.n_layer):
-        att, ffn = f"blocks.{i}.att.", f"blocks.{i}.ffn."
-        norms += [f"blocks.{i}.ln1", f"blocks.{i}.ln2", f"{att}ln_x"]
-        shapes |= {f"{att}time_maa_{part}": (C,) for part in "xwkvrg"}
-        shapes |= {f"{att}{part}.weight": (C, C) for part in ("receptance", "key", "value", "gate", "output")}
-        shapes |= {f"{att}time_maa_w1": (C, 5 * R), f"{att}time_maa_w2": (5, R, C)}
-        shapes |= {f"{att}time_decay": (C,), f"{att}time_decay_w1": (C, D), f"{att}time_decay_w2": (D, C)}
-        shapes[f"{att}time_faaaa"] = (config.n_head, config.head_size)
-        shapes |= {f"{ffn}time_maa_{part}": (C,) for part in "kr"}
-        shapes |= {f"{ffn}key.weight": (F_, C), f"{ffn}value.weight": (C, F_), f"{ffn}receptance.weight": (C, C)}
-    return shapes | {f"{norm}.{part}": (C,) for norm in norms for part in ("weight", "bias")}
-
-
-def _expected_state(config: ModelConfig, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """The initial WKV states of a state-tuned file: one in every layer. Other files have none."""
-    if not any(name.endswith(".att.time_state") for name in names):
-        return {}
-    size = config.head_size
-    return {f"blocks.{i}.att.time_state": (config.n_head, size, size) for i in range(config.n_layer)}
-
-
-def _time_mixing_weights(
-    tensors: Mapping[str, Tensor], prefix: str, place: Place, scale: float
-) -> TimeMixing:
+def _time_mixing_weights(tensors: Mapping[str, Tensor], prefix: str, place: Place, scale: float) -> TimeMixing:
     def take(name: str, dtype: torch.dtype | None = None) -> Tensor:
         return place(prefix + name, tensors[prefix + name], dtype)
 
@@ -290,9 +237,7 @@ def _time_mixing_weights(
     )
 
 
-def _channel_mixing_weights(
-    tensors: Mapping[str, Tensor], prefix: str, place: Place, scale: float
-) -> ChannelMixing:
+def _channel_mixing_weights(tensors: Mapping[str, Tensor], prefix: str, place: Place, scale: float) -> ChannelMixing:
     def take(name: str) -> Tensor:
         return place(prefix + name, tensors[prefix + name])
 

@@ -59,9 +59,7 @@ def _time_mixing(
         mixed[part] = x + dx * shift
     decay = torch.tanh(mixed["w"] @ w[f"{att}time_decay_w1"].view(C, D)) @ w[f"{att}time_decay_w2"].view(D, C)
     decay = torch.exp(-torch.exp(decay + w[f"{att}time_decay"])).view(H, N)
-    r, k, v = (
-        (w[f"{att}{name}.weight"] @ mixed[name[0]]).view(H, N) for name in ("receptance", "key", "value")
-    )
+    r, k, v = ((w[f"{att}{name}.weight"] @ mixed[name[0]]).view(H, N) for name in ("receptance", "key", "value"))
     out = torch.zeros(H, N, dtype=torch.float64)
     new = torch.zeros_like(s)
     u = w[f"{att}time_faaaa"].view(H, N)

@@ -15,7 +15,8 @@ from rwkv_runtime.cli.options import CountType, PairType, StopType, read_config
 
 EPILOG = """\b
 Examples:
-  rwkv-run "Once upon a time" --model model.pth
+  rwkv-run
+  rwkv-run "Once upon a time" --temperature 0.8
   rwkv-run --model model.pth --chat
   rwkv-run --model model.pth --prompts in.jsonl --output out.jsonl
   rwkv-run --samplers
@@ -26,11 +27,15 @@ line wins over the environment, the environment over the file."""
 
 @click.command(
     epilog=EPILOG,
-    context_settings={"auto_envvar_prefix": "RWKV_RUN", "help_option_names": ["-h", "--help"], "max_content_width": 100},
+    context_settings={
+        "auto_envvar_prefix": "RWKV_RUN",
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 100,
+    },
 )
 @click.argument("prompt", required=False)
 @click.option("--file", "prompt_file", type=click.File("r", encoding="utf-8"), help="Read the prompt from a file.")
-@click.option("-m", "--model", type=click.Path(), help="Checkpoint, .pth or .safetensors.")
+@click.option("-m", "--model", type=click.Path(), help="Checkpoint, .pth or .safetensors.  [default: the story model]")
 @click.option("--vocab", type=click.Path(), help="Vocabulary file.  [default: MODEL.vocab.txt, else RWKV World's]")
 @click.option("--sha256", help="Refuse a checkpoint whose SHA-256 is another.")
 @click.option("-b", "--backend", default="auto", show_default=True, help="How to run the model; see --backends.")

@@ -29,11 +29,15 @@ def run_batch(session: Session) -> None:
     source, target = Path(session.options["prompts"]), Path(session.options["output"])
     total = _count_lines(source)
     done = _taken_up(target, source)
-    engine, pending = session.engine, {}
+    engine = session.engine
+    pending: dict[Generation, tuple[int, bytes, dict[str, Any]]] = {}
     failed = 0
-    with open(target, "a", encoding="utf-8") as output, tqdm(
-        total=total, initial=len(done), unit="prompt", disable=None if not session.options["quiet"] else True
-    ) as bar:
+    with (
+        open(target, "a", encoding="utf-8") as output,
+        tqdm(
+            total=total, initial=len(done), unit="prompt", disable=None if not session.options["quiet"] else True
+        ) as bar,
+    ):
 
         def put(number: int, raw: bytes, record: dict[str, Any]) -> None:
             record = {"line": number, "of": _digest(raw), **record}

@@ -5,9 +5,14 @@ from __future__ import annotations
 import sys
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    Text = click.ParamType[str]
+else:  # older versions of Click are not generic
+    Text = click.ParamType
 
 ESCAPES = {"\\n": "\n", "\\t": "\t", "\\\\": "\\"}
 
@@ -19,7 +24,7 @@ class CountType(click.IntRange):
         super().__init__(min=low)
 
 
-class StopType(click.ParamType):
+class StopType(Text):
     """A stop string, with \\n, \\t and \\\\ understood; never split, so that a variable may hold spaces."""
 
     name = "text"
@@ -33,7 +38,7 @@ class StopType(click.ParamType):
         return "\\".join(part.replace("\\n", "\n").replace("\\t", "\t") for part in parts)
 
 
-class PairType(click.ParamType):
+class PairType(Text):
     """One half of `-o KEY VALUE`."""
 
     name = "key value"

@@ -23,7 +23,12 @@ from rwkv_runtime.sampler import check_params
 from rwkv_runtime.snapshot import Snapshot
 
 INTERRUPTED = 130
-WRONG_USAGE = 2
+
+
+class WrongUsage(click.ClickException):
+    """One line, as every other error, but with the exit status of wrong usage."""
+
+    exit_code = 2
 
 
 def run(options: Mapping[str, Any]) -> None:
@@ -36,10 +41,10 @@ def run(options: Mapping[str, Any]) -> None:
             show(options["table"], Plugins.load(), options["as_json"])
             return
         _dispatch(options)
+    except OptionError as error:
+        raise WrongUsage(str(error)) from None
     except RwkvError as error:
-        failure = click.ClickException(str(error))
-        failure.exit_code = WRONG_USAGE if isinstance(error, OptionError) else 1
-        raise failure from None
+        raise click.ClickException(str(error)) from None
 
 
 def _dispatch(options: Mapping[str, Any]) -> None:
@@ -80,8 +85,6 @@ def _check(options: Mapping[str, Any], plugins: Plugins) -> dict[str, object]:
         raise OptionError("--output goes with --prompts; to keep a single text, redirect standard output")
     if options["prompts"] and (options["load_state"] or options["save_state"]):
         raise OptionError("--load-state and --save-state are for one text, not for --prompts")
-    if not options["model"]:
-        raise OptionError("--model FILE is needed: a .pth or .safetensors checkpoint")
     return params
 
 
@@ -149,7 +152,7 @@ class Session:
         if self.options["save_state"] and snapshot is not None:
             from rwkv_runtime.snapshot import save_snapshot
 
-            save_snapshot(snapshot, self.options["save_state"], self.runtime.model)
+            save_snapshot(snapshot, self.options["save_state"])
 
     def report(self, generation: Generation, prompt: str) -> None:
         """Figures on stderr, or with --json the whole record on stdout."""

@@ -1,0 +1,55 @@
+"""The tensors of an RWKV-6 checkpoint: their names and shapes, and what to say where they differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from rwkv_runtime import CheckpointError, ModelConfig
+
+
+class Shapes:
+    """Shapes of a file's tensors, axes of length one left out: files differ in where they keep those."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.shapes = shapes
+
+    def get(self, name: str, axes: int) -> tuple[int, ...]:
+        if name not in self.shapes:
+            raise CheckpointError(f"tensor {name} is missing")
+        if len(self.shapes[name]) != axes or 0 in self.shapes[name]:
+            raise CheckpointError(f"tensor {name} is {list(self.shapes[name])}, not of {axes} axes")
+        return self.shapes[name]
+
+    def expect(self, name: str, expected: tuple[int, ...]) -> None:
+        if name not in self.shapes:
+            raise CheckpointError(f"tensor {name} is missing")
+        actual = self.shapes[name]
+        if [n for n in actual if n != 1] != [n for n in expected if n != 1]:
+            raise CheckpointError(f"tensor {name} is {list(actual)}, it should be {list(expected)}")
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a checkpoint of these sizes, with its shape."""
+    C, F_, V = config.n_embd, config.n_ffn, config.vocab_size
+    R, D = config.ranks["maa"], config.ranks["decay"]
+    shapes: dict[str, tuple[int, ...]] = {"emb.weight": (V, C), "head.weight": (V, C)}
+    norms = ["blocks.0.ln0", "ln_out"]
+    for i in range(config.n_layer):
+        att, ffn = f"blocks.{i}.att.", f"blocks.{i}.ffn."
+        norms += [f"blocks.{i}.ln1", f"blocks.{i}.ln2", f"{att}ln_x"]
+        shapes |= {f"{att}time_maa_{part}": (C,) for part in "xwkvrg"}
+        shapes |= {f"{att}{part}.weight": (C, C) for part in ("receptance", "key", "value", "gate", "output")}
+        shapes |= {f"{att}time_maa_w1": (C, 5 * R), f"{att}time_maa_w2": (5, R, C)}
+        shapes |= {f"{att}time_decay": (C,), f"{att}time_decay_w1": (C, D), f"{att}time_decay_w2": (D, C)}
+        shapes[f"{att}time_faaaa"] = (config.n_head, config.head_size)
+        shapes |= {f"{ffn}time_maa_{part}": (C,) for part in "kr"}
+        shapes |= {f"{ffn}key.weight": (F_, C), f"{ffn}value.weight": (C, F_), f"{ffn}receptance.weight": (C, C)}
+    return shapes | {f"{norm}.{part}": (C,) for norm in norms for part in ("weight", "bias")}
+
+
+def expected_state(config: ModelConfig, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """The initial WKV states of a state-tuned file: one in every layer. Other files have none."""
+    if not any(name.endswith(".att.time_state") for name in names):
+        return {}
+    size = config.head_size
+    return {f"blocks.{i}.att.time_state": (config.n_head, size, size) for i in range(config.n_layer)}

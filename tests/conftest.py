@@ -1,0 +1,45 @@
+"""Fixtures that all tests share. Plugins and tiny models are made once; no test changes them."""
+
+from __future__ import annotations
+
+import pytest
+from helpers import Tensors, built, byte_tokenizer, tiny_config
+
+from rwkv_runtime.model import Architecture, Model
+from rwkv_runtime.plugins import Plugins
+from rwkv_runtime.runtime import Runtime
+from rwkv_runtime.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="session")
+def plugins() -> Plugins:
+    """The built-in plugins."""
+    return Plugins.load({"RWKV_PLUGINS": ""})
+
+
+@pytest.fixture(scope="session")
+def architecture(plugins: Plugins) -> Architecture:
+    return plugins.architectures.get("rwkv6")
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """One token a byte: byte b is id b + 1."""
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(architecture: Architecture) -> Tensors:
+    """A tiny float32 checkpoint: two layers, two heads of 16."""
+    return architecture.random(tiny_config(architecture))
+
+
+@pytest.fixture(scope="session")
+def model(checkpoint: Tensors, plugins: Plugins) -> Model:
+    return built(checkpoint, plugins)
+
+
+@pytest.fixture
+def runtime(model: Model, tokenizer: Tokenizer, plugins: Plugins) -> Runtime:
+    """The tiny model with the plainest backend."""
+    return Runtime(model, tokenizer, plugins, "eager")

@@ -1,0 +1,214 @@
+"""Backends differ in speed alone: the same logits, and a backend that cannot work says why and gives way."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+from engines import finish
+from helpers import VOCAB_SIZE, Tensors, apart, built, controls_of, logits_of, tiny_config, tokens_of
+from rwkv_backends.compile import Compile
+from rwkv_backends.eager import Eager
+from rwkv_backends.script import Script
+from rwkv_samplers.nucleus import Nucleus
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from rwkv_runtime.backend import Backend, Forward, Tick
+from rwkv_runtime.engine import Engine, Request
+from rwkv_runtime.errors import BackendError
+from rwkv_runtime.model import Architecture, Model
+from rwkv_runtime.plugins import Plugins
+from rwkv_runtime.runtime import Runtime, usable
+from rwkv_runtime.sampler import check_params
+from rwkv_runtime.tokenizer import Tokenizer
+
+TOKENS = tokens_of(60)
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
+"""Relative to the largest logit, under teacher forcing."""
+
+needs_compiler = pytest.mark.skipif(
+    Compile().why_not(None) is not None, reason=f"torch.compile cannot be used here: {Compile().why_not(None)}"
+)
+
+
+@pytest.fixture(scope="module")
+def half(checkpoint: Tensors, plugins: Plugins) -> Model:
+    return built(checkpoint, plugins, torch.bfloat16)
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
+def either(request: pytest.FixtureRequest, model: Model, half: Model) -> Model:
+    return model if request.param == torch.float32 else half
+
+
+@pytest.fixture(scope="module")
+def compiled(architecture: Architecture, tokenizer: Tokenizer, plugins: Plugins) -> Iterator[Engine]:
+    """The one engine that is compiled, of a single layer: it takes a while."""
+    model = built(architecture.random(tiny_config(architecture, layers=1), dtype=torch.bfloat16), plugins)
+    yield Engine(model, Compile(), Nucleus(), tokenizer)
+    torch._dynamo.reset()
+
+
+def forced(engine: Engine, tokens: Sequence[int]) -> Tensor:
+    """Logits after each token, read one by one through the engine's own decode step."""
+    engine.state.clear(0)
+    rows = []
+    for token in tokens:
+        engine.tokens[0] = token
+        engine._tick(1)()
+        rows.append(engine.logits[0].clone())
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("backend", [Eager(), Script()], ids=lambda b: b.name)
+def test_logits_are_those_of_plain_pytorch(backend: Backend, either: Model, tokenizer: Tokenizer) -> None:
+    expected = logits_of(either, TOKENS)
+    forward = backend.forward(either)
+    at_once = forward(torch.tensor([TOKENS]), either.new_state(), every=True)[0]
+    assert apart(at_once, expected) < TOLERANCE[either.dtype]
+    singly = forced(Engine(either, backend, Nucleus(), tokenizer), TOKENS)
+    assert apart(singly, expected) < TOLERANCE[either.dtype]
+
+
+@needs_compiler
+def test_logits_of_the_compiled_step_are_those_of_plain_pytorch(compiled: Engine) -> None:
+    expected = logits_of(compiled.model, TOKENS)
+    assert apart(forced(compiled, TOKENS), expected) < TOLERANCE[torch.bfloat16]
+    at_once = compiled.forward(torch.tensor([TOKENS]), compiled.model.new_state(), every=True)[0]
+    assert torch.equal(at_once, expected)  # prompts are not compiled
+
+
+@needs_compiler
+def test_the_compiled_step_draws_what_its_sampler_draws(compiled: Engine) -> None:
+    forced(compiled, TOKENS[:3])
+    for seed in (0, -1, 1 << 62):
+        compiled.controls.set(0, check_params(Nucleus(), {"top_p": 0.95, "temperature": 1.5}), seed, 0)
+        for position in range(20):
+            compiled._tick(1)()
+            assert int(compiled.controls.position) == position + 1
+            controls = controls_of(Nucleus(), 1, VOCAB_SIZE, seed, top_p=0.95, temperature=1.5)
+            controls.position[0] = position
+            logits = compiled.logits + compiled.absent
+            assert torch.equal(compiled.drawn, Nucleus().sample(logits, controls))
+            assert int(compiled.tokens) == int(compiled.drawn)
+
+
+@needs_compiler
+def test_compiling_leaves_no_trace_in_the_first_text(compiled: Engine) -> None:
+    """Compiling runs the step once; the row is as fresh afterwards as before."""
+    request = Request(TOKENS[:9], {"temperature": 0}, max_tokens=12)
+    first, second = finish(compiled, request)[0], finish(compiled, request)[0]
+    assert first.tokens == second.tokens
+
+
+@needs_compiler
+def test_nothing_is_compiled_again_for_other_texts(compiled: Engine) -> None:
+    finish(compiled, Request(max_tokens=2))
+    graphs = counters["stats"]["unique_graphs"]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        generations = [
+            finish(compiled, Request(tokens_of(length), params, max_tokens=5, seed=seed))[0]
+            for length, params, seed in (
+                (1, {"temperature": 0.5}, 1),
+                (70, {"top_k": 3}, -1),
+                (8, {"top_p": 0.0}, 1 << 63),
+            )
+        ]
+    assert [len(g.tokens) for g in generations] == [5, 5, 5]
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_a_missing_compiler_is_noticed_before_it_hurts(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    for asked in (model, None):
+        assert Compile().why_not(asked) == "no C++ compiler found; install g++ or clang++"
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "no C++ compiler" in str(Compile().why_not(model))
+    assert (Eager().why_not(model), Script().why_not(model)) == (None, None)
+
+
+def test_every_backend_says_whether_it_is_usable_here(
+    plugins: Plugins, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    reasons = usable(plugins, model)
+    assert reasons.keys() >= {"eager", "script", "compile"}
+    assert (reasons["eager"], reasons["script"]) == (None, None)
+    assert "compiler" in str(reasons["compile"])
+
+
+class Broken(Backend):
+    """Fails where it is told to."""
+
+    name = "broken"
+    priority = 99
+
+    def __init__(self, where: str, error: Exception | str) -> None:
+        self.where, self.error = where, error
+
+    def fail(self, where: str) -> None:
+        if self.where == where and isinstance(self.error, Exception):
+            raise self.error
+
+    def why_not(self, model: Model | None) -> str | None:
+        self.fail("why_not")
+        return str(self.error) if self.where == "refuse" else None
+
+    def forward(self, model: Model) -> Forward:
+        self.fail("forward")
+        return Eager().forward(model)
+
+    def freeze(self, tick: Tick, buffers: Sequence[Tensor]) -> Tick:
+        self.fail("freeze")
+        return tick
+
+
+def plugins_with(backend: Backend) -> Plugins:
+    plugins = Plugins.load({"RWKV_PLUGINS": ""})
+    plugins.backends.add(backend, "test")
+    return plugins
+
+
+@pytest.mark.parametrize(
+    ("broken", "warning"),
+    [
+        (Broken("refuse", "it is not well"), "it is not well"),
+        (Broken("why_not", RuntimeError("no idea")), "RuntimeError: no idea"),
+        (Broken("forward", BackendError("no kernel for this")), "no kernel for this"),
+        (Broken("forward", RuntimeError("out of luck")), "RuntimeError: out of luck"),
+        (Broken("freeze", BackendError("cannot capture")), "cannot capture"),
+        (Broken("freeze", RuntimeError("nvcc said no\nmany\nlines")), "nvcc said no"),
+        (Broken("freeze", AssertionError()), "AssertionError"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.where,
+)
+def test_a_backend_that_fails_is_named_once_and_the_text_is_written(
+    broken: Broken, warning: str, model: Model, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = "".join(Runtime(model, tokenizer, plugins_with(Broken("", ""))).generate("a", max_tokens=9, seed=1))
+    with caplog.at_level(logging.WARNING, "rwkv_runtime"):
+        runtime = Runtime(model, tokenizer, plugins_with(broken), "broken")
+        texts = ["".join(runtime.generate("a", max_tokens=9, seed=1)) for _ in range(2)]
+    assert texts == [expected, expected]
+    assert [record.getMessage() for record in caplog.records] == [f"backend broken: {warning}; using eager instead"]
+    assert runtime.backend.name == "eager"
+
+
+def test_a_backend_that_refuses_and_was_not_asked_for_is_passed_over_quietly(
+    model: Model, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    runtime = Runtime(model, tokenizer, plugins_with(Broken("refuse", "it is not well")))
+    assert runtime.backend.name == "eager"
+    assert caplog.records == []
+
+
+def test_where_no_backend_is_left_the_reason_is_the_error(model: Model, tokenizer: Tokenizer) -> None:
+    plugins = Plugins.empty()
+    plugins.backends.add(Broken("forward", RuntimeError("out of luck")), "test")
+    with pytest.raises(BackendError, match="backend broken: RuntimeError: out of luck; no other backend can run"):
+        Runtime(model, tokenizer, plugins)

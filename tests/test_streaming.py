@@ -1,0 +1,178 @@
+"""A text as it comes: piece by piece, to its end, whatever ends it; and nothing written is ever lost."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+from engines import Poisoned, Scripted, finish
+from helpers import tokens_of
+from rwkv_backends.eager import Eager
+from rwkv_samplers.nucleus import Nucleus
+
+from rwkv_runtime import engine as module
+from rwkv_runtime.engine import Engine, Request
+from rwkv_runtime.errors import OptionError, SamplingError
+from rwkv_runtime.model import Model
+from rwkv_runtime.runtime import Runtime
+from rwkv_runtime.tokenizer import Tokenizer
+
+Script = Callable[..., Engine]
+
+
+@pytest.fixture
+def scripted(model: Model, tokenizer: Tokenizer) -> Script:
+    """An engine that writes what it is told."""
+    return lambda script, rows=1: Engine(model, Eager(), Scripted(script), tokenizer, rows)
+
+
+def test_each_piece_is_given_as_soon_as_it_is_drawn(scripted: Script) -> None:
+    engine = scripted(b"Once upon a time")
+    generation = engine.submit(Request(max_tokens=16))
+    stream = engine.stream(generation)
+    for count, letter in enumerate("Once upon a time", 1):
+        assert next(stream) == letter
+        assert len(generation.tokens) == count
+    assert list(stream) == []
+    assert (generation.text, generation.finish) == ("Once upon a time", "length")
+
+
+def test_characters_of_several_bytes_come_whole(scripted: Script) -> None:
+    engine = scripted("a\u00e9\u65e5\U0001f600!".encode())
+    assert list(engine.stream(engine.submit(Request(max_tokens=11)))) == ["a", "\u00e9", "\u65e5", "\U0001f600", "!"]
+    cut = engine.submit(Request(max_tokens=9))
+    assert "".join(engine.stream(cut)) == "a\u00e9\u65e5\ufffd"  # what cannot be completed any more
+
+
+def test_a_stop_string_is_found_across_tokens_and_not_given(scripted: Script) -> None:
+    engine = scripted(b"Yes.\n\nUser: and")
+    generation = engine.submit(Request(stop=("\n\nUser:", "never")))
+    assert "".join(engine.stream(generation)) == "Yes."
+    assert (generation.finish, len(generation.tokens)) == ("stop", 11)
+
+
+def test_the_beginning_of_a_stop_string_is_given_at_the_end(scripted: Script) -> None:
+    engine = scripted(b"Yes.\n\nUs")
+    assert list(engine.stream(engine.submit(Request(max_tokens=8, stop=("\n\nUser:",)))))[-2:] == [".", "\n\nUs"]
+    cancelled = engine.submit(Request(max_tokens=8, stop=("\n\nUser:",)))
+    for _ in range(6):
+        engine.step()
+    engine.cancel(cancelled)
+    assert "".join(engine.stream(cancelled)) == cancelled.text == "Yes.\n\n"
+
+
+def test_end_of_text_ends_the_text(scripted: Script) -> None:
+    engine = scripted([*(byte + 1 for byte in b"The end."), 0, 66])
+    generation = engine.submit(Request())
+    assert "".join(engine.stream(generation)) == "The end."
+    assert (generation.finish, generation.tokens[-1]) == ("end", 0)
+
+
+def test_a_budget_of_seconds_ends_the_text(scripted: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count()
+    monkeypatch.setattr(module.time, "perf_counter", lambda: float(next(clock)))  # every look takes a second
+    generation = finish(scripted(b"abc"), Request(seconds=10.0))[0]
+    assert generation.finish == "time"
+    assert 1 <= len(generation.tokens) <= 10
+    assert generation.times.last - generation.times.started >= 10.0
+
+
+def test_the_times_of_a_text_are_in_order(scripted: Script) -> None:
+    times = finish(scripted(b"abc"), Request(tokens_of(600), max_tokens=3))[0].times
+    assert times.submitted <= times.started <= times.prefilled <= times.first <= times.last
+
+
+def test_leaving_a_stream_cancels_its_text_and_keeps_what_was_written(scripted: Script) -> None:
+    engine = scripted(b"abcdef", rows=2)
+    left, other = engine.submit(Request(keep=True)), engine.submit(Request(max_tokens=20))
+    stream = engine.stream(left)
+    assert [next(stream) for _ in range(3)] == ["a", "b", "c"]
+    stream.close()
+    assert (left.finish, left.text, engine.active) == ("cancelled", "abc", [other])
+    assert left.snapshot is not None
+    assert left.snapshot.pending == (ord("c") + 1,)
+    assert "".join(engine.stream(other)) == "abcdefabcdefabcdefab"
+
+
+def test_an_interruption_keeps_what_was_written(scripted: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = scripted(b"abcdef")
+    generation = engine.submit(Request())
+    stream = engine.stream(generation)
+    assert next(stream) == "a"
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(stream)
+    assert (generation.text, generation.finish, engine.active) == ("a", "cancelled", [])
+    assert "".join(engine.stream(engine.submit(Request(max_tokens=4)))) == "abcd"
+
+
+def test_a_text_can_be_cancelled_wherever_it_is(scripted: Script) -> None:
+    engine = scripted(b"abc")
+    writing, reading, waiting = (
+        engine.submit(Request()),
+        engine.submit(Request(tokens_of(2000))),
+        engine.submit(Request()),
+    )
+    engine.step()
+    for generation in (waiting, writing):
+        engine.cancel(generation)
+    engine.step()
+    assert engine.prefilling is reading
+    engine.cancel(reading)
+    engine.cancel(reading)
+    assert [g.finish for g in (writing, reading, waiting)] == ["cancelled"] * 3
+    assert [g.text for g in (writing, reading, waiting)] == ["a", "", ""]
+    assert (engine.active, list(engine.waiting), engine.prefilling) == ([], [], None)
+    assert finish(engine, Request(max_tokens=3))[0].text == "abc"
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_two_streams_over_one_engine_can_be_read_by_turns(rows: int, model: Model, tokenizer: Tokenizer) -> None:
+    engine = Engine(model, Eager(), Nucleus(), tokenizer, rows)
+    requests = [Request([65 + i], max_tokens=12, seed=i) for i in range(2)]
+    alone = [finish(engine, request)[0].text for request in requests]
+    one, two = (engine.stream(engine.submit(request)) for request in requests)
+    pieces = list(itertools.zip_longest(one, two, fillvalue=""))
+    assert ["".join(side) for side in zip(*pieces, strict=True)] == alone
+
+
+def test_the_text_before_a_failure_is_given_before_the_error(model: Model, tokenizer: Tokenizer) -> None:
+    engine = Engine(model, Eager(), Poisoned(), tokenizer)
+    healthy = finish(engine, Request([5], max_tokens=6, seed=1))[0]
+    bad = engine.submit(Request([5], {"at": 6}, seed=1))
+    given = []
+    with pytest.raises(SamplingError):
+        given.extend(engine.stream(bad))
+    assert bad.text == healthy.text
+
+
+def test_generate_streams_what_the_engine_writes(runtime: Runtime) -> None:
+    prompt = "Once"
+    text = "".join(runtime.generate(prompt, max_tokens=20, seed=4, top_p=0.9))
+    engine = runtime.engine()
+    assert text == finish(engine, runtime.request(prompt, max_tokens=20, seed=4, top_p=0.9))[0].text
+    assert text == "".join(runtime.generate(runtime.tokenizer.encode(prompt), max_tokens=20, seed=4, top_p=0.9))
+    with pytest.raises(OptionError, match="did you mean top_p"):
+        runtime.generate(prompt, top_q=0.9)  # before the first piece is asked for
+
+
+def test_a_batch_gives_texts_in_the_order_of_their_prompts(runtime: Runtime) -> None:
+    prompts = ["a" * (50 - 7 * i) for i in range(7)]
+    texts = runtime.generate_batch(prompts, rows=3, max_tokens=12, seed=5)
+    assert texts == ["".join(runtime.generate(p, max_tokens=12, seed=5 + i)) for i, p in enumerate(prompts)]
+    assert runtime.generate_batch([]) == []
+
+
+def test_a_batch_that_fails_leaves_nothing_running(runtime: Runtime) -> None:
+    runtime.plugins = type(runtime.plugins).load({"RWKV_PLUGINS": ""})
+    runtime.plugins.samplers.add(Poisoned(), "test")
+    with pytest.raises(SamplingError):
+        runtime.generate_batch(["a", "b", "c"], sampler="poisoned", rows=2, at=3)
+    engine = runtime.engine("poisoned", 2)
+    assert (engine.active, list(engine.waiting), engine.prefilling) == ([], [], None)
