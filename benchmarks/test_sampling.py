@@ -34,7 +34,7 @@ def our_step(arena: Arena, sampler: str, batch: int, params: dict[str, float]) -
         controls.set(row, check_params(chosen, params), seed=row, position=0)
 
     def step() -> None:
-        chosen.update(chosen.sample(logits, controls), controls)
+        chosen.update(chosen.sample(logits, controls), logits, controls)
         controls.position.add_(1)
 
     return step

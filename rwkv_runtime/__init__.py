@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rwkv_runtime.backend import Backend, Forward, Tick
+    from rwkv_runtime.controls import Controls
     from rwkv_runtime.errors import (
         BackendError,
         CheckpointError,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from rwkv_runtime.model import Architecture, Model, ModelConfig, Place
     from rwkv_runtime.plugins import Plugins
     from rwkv_runtime.runtime import Runtime, load
-    from rwkv_runtime.sampler import Chain, Controls, Param, Sampler
+    from rwkv_runtime.sampler import Chain, Param, Sampler
     from rwkv_runtime.state import State, TensorSpec
     from rwkv_runtime.tokenizer import Tokenizer
 
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "backend": ("Backend", "Forward", "Tick"),
+    "controls": ("Controls",),
     "errors": (
         "BackendError",
         "CheckpointError",
@@ -52,7 +54,7 @@ _HOME = {
     "model": ("Architecture", "Model", "ModelConfig", "Place"),
     "plugins": ("Plugins",),
     "runtime": ("Runtime", "load"),
-    "sampler": ("Chain", "Controls", "Param", "Sampler"),
+    "sampler": ("Chain", "Param", "Sampler"),
     "state": ("State", "TensorSpec"),
     "tokenizer": ("Tokenizer",),
 }
@@ -61,6 +63,7 @@ __all__ = [  # noqa: RUF022  (in the order of _HOME, which a test holds)
     "Backend",
     "Forward",
     "Tick",
+    "Controls",
     "BackendError",
     "CheckpointError",
     "OptionError",
@@ -78,7 +81,6 @@ __all__ = [  # noqa: RUF022  (in the order of _HOME, which a test holds)
     "Runtime",
     "load",
     "Chain",
-    "Controls",
     "Param",
     "Sampler",
     "State",

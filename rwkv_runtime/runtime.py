@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +15,9 @@ from torch import Tensor
 from rwkv_runtime.backend import Backend
 from rwkv_runtime.checkpoint import Progress, build_model, check_sha256, open_tensors
 from rwkv_runtime.embedded import embedded_model
-from rwkv_runtime.engine import CHUNK, Engine, Generation, Request
+from rwkv_runtime.engine import CHUNK, Engine
 from rwkv_runtime.errors import BackendError, OptionError, RwkvError, StateError, VocabularyError
+from rwkv_runtime.generation import Generation, Request
 from rwkv_runtime.model import Model
 from rwkv_runtime.plugins import Plugins
 from rwkv_runtime.state import State
@@ -23,6 +25,8 @@ from rwkv_runtime.tokenizer import Tokenizer, load_tokenizer, world_vocabulary
 
 AUTO = "auto"
 WORLD_SIZES = (65529, 65530, 65536)
+ENGINES = 4
+"""How many engines, each with its batch of states, a runtime keeps for the next text."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 logger = logging.getLogger("rwkv_runtime")
 
@@ -115,6 +119,27 @@ def find_vocabulary(path: str | os.PathLike[str], vocab: str | os.PathLike[str] 
     return tokenizer
 
 
+class Writing(Iterator[str]):
+    """A text as it is written, piece by piece; `generation` has its tokens, how it ended and what was observed."""
+
+    def __init__(self, engine: Engine, generation: Generation) -> None:
+        self.generation = generation
+        self._engine = engine
+        self._pieces = self._write()
+
+    def _write(self) -> Iterator[str]:
+        # Queued when the first piece is asked for: a text nobody reads holds up no other.
+        yield from self._engine.stream(self._engine.enqueue(self.generation))
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Ends the text here; what was written is kept."""
+        if self.generation in (*self._engine.waiting, *self._engine.active, self._engine.prefilling):
+            self._engine.cancel(self.generation)
+
+
 class Runtime:
     """A loaded model with its vocabulary and the backend that runs it."""
 
@@ -160,10 +185,13 @@ class Runtime:
     def engine(self, sampler: str = "nucleus", rows: int = 1) -> Engine:
         """The engine for a sampler (or chain) and a number of rows, prepared once."""
         key = sampler, rows
+        if key in self._engines:
+            self._engines[key] = self._engines.pop(key)  # the latest is the last to be given up
         while key not in self._engines:
             chosen = self.plugins.sampler(sampler)
             try:
-                self._engines[key] = Engine(self.model, self.backend, chosen, self.tokenizer, rows)
+                engine = Engine(self.model, self.backend, chosen, self.tokenizer, rows)
+                self._engines = dict([*self._engines.items(), (key, engine)][-ENGINES:])
             except BackendError as error:
                 self._give_way(str(error))
                 self._prepare()
@@ -178,13 +206,14 @@ class Runtime:
         seed: int | None = None,
         stop: Iterable[str] | str = (),
         seconds: float | None = None,
-        **params: float,
+        logprobs: int = 0,
+        **params: Any,
     ) -> Request:
         """A request as `generate` makes it; seed None draws one."""
         tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         seed = random.getrandbits(32) if seed is None else seed
-        return Request(tokens, params, max_tokens, seed, stops, seconds)
+        return Request(tokens, params, max_tokens, seed, stops, seconds, observe=logprobs)
 
     def generate(
         self,
@@ -195,17 +224,21 @@ class Runtime:
         seed: int | None = None,
         stop: Iterable[str] | str = (),
         seconds: float | None = None,
-        **params: float,
-    ) -> Iterator[str]:
+        logprobs: int = 0,
+        **params: Any,
+    ) -> Writing:
         """Writes on from a prompt, piece by piece.
 
         It ends at `max_tokens`, at a stop string (which is not given out), at the end-of-text token or after
-        `seconds`. `params` are the sampler's. Raises OptionError before anything is written, SamplingError
-        where no token can be drawn.
+        `seconds`. `params` are the sampler's. With `logprobs` the result's `generation.observations` hold, for every
+        token, its log-probability and those of the likeliest alternatives, before and after sampling. Raises
+        OptionError before anything is written, SamplingError where no token can be drawn.
         """
         engine = self.engine(sampler)
-        request = self.request(prompt, max_tokens=max_tokens, seed=seed, stop=stop, seconds=seconds, **params)
-        return engine.stream(engine.submit(request))
+        request = self.request(
+            prompt, max_tokens=max_tokens, seed=seed, stop=stop, seconds=seconds, logprobs=logprobs, **params
+        )
+        return Writing(engine, engine.check(request))
 
     def generate_batch(
         self,
@@ -216,13 +249,13 @@ class Runtime:
         seed: int | None = None,
         stop: Iterable[str] | str = (),
         rows: int = 8,
-        **params: float,
+        **params: Any,
     ) -> list[str]:
         """Writes on from many prompts through one batch; the texts come back in the prompts' order.
 
         Prompt i uses seed + i. Raises SamplingError where a row failed.
         """
-        engine = self.engine(sampler, min(rows, max(len(prompts), 1)))
+        engine = self.engine(sampler, rows)
         seed = random.getrandbits(32) if seed is None else seed
         generations: list[Generation] = []
         try:

@@ -1,4 +1,4 @@
-"""How a token is chosen: samplers, their parameters, and the per-row values they read."""
+"""How a token is chosen: samplers, their parameters, and chains of them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
-from rwkv_runtime import noise
+from rwkv_runtime.controls import Controls
 from rwkv_runtime.errors import OptionError, PluginError
 from rwkv_runtime.state import TensorSpec
 
@@ -21,17 +20,22 @@ Where = Literal["graph", "device", "host"]
 
 @dataclass(frozen=True)
 class Param:
-    """One number that a sampler reads. The default decides its type: an int stays an int."""
+    """One setting of a sampler. The default decides its type: an int stays an int, a text a text.
 
-    default: float
+    Texts reach samplers with `runs = "host"` alone, in `controls.notes`.
+    """
+
+    default: float | str
     low: float = -math.inf
     high: float = math.inf
     help: str = ""
-    off: float | None = None
+    off: float | str | None = None
     """The neutral value, at which the parameter does nothing."""
 
-    def check(self, name: str, value: object) -> float:
-        """The value as a number of this parameter's type. Raises OptionError with the range."""
+    def check(self, name: str, value: object) -> float | str:
+        """The value as this parameter's type. Raises OptionError with the range."""
+        if isinstance(self.default, str):
+            return str(value)
         kind = "a whole number" if isinstance(self.default, int) else "a number"
         try:
             number = float(str(value))
@@ -43,74 +47,10 @@ class Param:
         return int(number) if whole else number
 
 
-class Controls:
-    """What a sampler reads for each of B rows, all in tensors on the device, so that no row forces a recapture.
-
-    `controls["top_p"]` is [B, 1]: float32, or int64 for a whole-number parameter. `seed` and `position` are int64
-    [B, 1]; `slots` holds the samplers' own memory, [B, ...] by name.
-    """
-
-    def __init__(
-        self, values: Mapping[str, Tensor], seed: Tensor, position: Tensor, slots: Mapping[str, Tensor], ids: Tensor
-    ) -> None:
-        self.values = dict(values)
-        self.seed = seed
-        self.position = position
-        self.slots = dict(slots)
-        self.ids = ids  # [1, V]
-
-    @classmethod
-    def allocate(cls, sampler: Sampler, rows: int, vocab_size: int, device: torch.device) -> Controls:
-        """Controls of `rows` rows, every parameter at its default."""
-        values = {}
-        for name, param in sampler.params.items():
-            dtype = torch.int64 if isinstance(param.default, int) else torch.float32
-            values[name] = torch.full((rows, 1), param.default, dtype=dtype, device=device)
-        slots = {name: spec.allocate((rows,), device) for name, spec in sampler.slots(vocab_size).items()}
-        seed, position = (torch.zeros((rows, 1), dtype=torch.int64, device=device) for _ in range(2))
-        return cls(values, seed, position, slots, torch.arange(vocab_size, device=device)[None])
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.values[name]
-
-    def view(self, rows: int) -> Controls:
-        """The first rows, sharing memory."""
-        values = {name: t[:rows] for name, t in self.values.items()}
-        slots = {name: t[:rows] for name, t in self.slots.items()}
-        return Controls(values, self.seed[:rows], self.position[:rows], slots, self.ids)
-
-    def buffers(self) -> list[Tensor]:
-        """Every per-row tensor."""
-        return [*self.values.values(), self.seed, self.position, *self.slots.values()]
-
-    def set(self, row: int, values: Mapping[str, float], seed: int, position: int) -> None:
-        """Starts a row: its parameters, the low 64 bits of its seed, its position; its slots are cleared."""
-        for name, value in values.items():
-            self.values[name][row] = value
-        self.seed[row] = (seed & 0xFFFFFFFFFFFFFFFF) - ((seed >> 63 & 1) << 64)
-        self.position[row] = position
-        for slot in self.slots.values():
-            slot[row].zero_()
-
-    def move(self, source: int, row: int) -> None:
-        """Copies all of one row into another."""
-        for t in self.buffers():
-            t[row].copy_(t[source])
-
-    def draw(self, logits: Tensor) -> Tensor:
-        """Draws from softmax(logits), [B, V] -> [B], by the Gumbel-max trick with counter-based noise.
-
-        A row where nothing can be drawn (NaN, +inf, or all masked) gives -1.
-        """
-        best = logits.amax(dim=-1)
-        noisy = logits + noise.gumbel(self.seed, self.position, self.ids)
-        return torch.where(best.isfinite(), noisy.argmax(dim=-1), -1)
-
-
 class Sampler(ABC):
     """One way to choose a token. Most samplers write `filter` alone.
 
-    Neither method may change its input, mix rows, or (where `runs` is "graph") synchronise with the host.
+    No method may change its tensors of logits, mix rows, or (where `runs` is "graph") synchronise with the host.
     """
 
     name: ClassVar[str]
@@ -118,20 +58,40 @@ class Sampler(ABC):
     params: ClassVar[Mapping[str, Param]] = {}
     runs: Where = "device"
 
+    @property
+    def stages(self) -> tuple[Sampler, ...]:
+        """The samplers this one is made of, in their order: itself, unless it is a chain."""
+        return (self,)
+
     def slots(self, vocab_size: int) -> Mapping[str, TensorSpec]:
         """Memory of each row, for samplers that remember what was drawn."""
         return {}
 
+    def prime(self, tokens: Tensor, controls: Controls) -> None:  # noqa: B027  (optional)
+        """Reads the prompt, int64 [T] (its last tokens, where it is long), before the first draw of a row.
+
+        `controls` are of that row alone. Settings that cannot be honoured raise OptionError here.
+        """
+
+    def prepare(self, controls: Controls) -> None:  # noqa: B027  (optional)
+        """Host work for the next draw, while the device runs the forward pass; for `runs = "host"` alone."""
+
     def filter(self, logits: Tensor, controls: Controls) -> Tensor:
-        """float32 [B, V] -> [B, V]: the logits to draw from; -inf for a token that is not kept."""
+        """float32 [B, V] -> [B, V]: the logits to draw from; -inf for a token that is not kept.
+
+        It may be called more than once for one draw, with the same result.
+        """
         return logits
 
     def sample(self, logits: Tensor, controls: Controls) -> Tensor:
         """float32 [B, V] -> int64 [B]; -1 for a row where nothing can be drawn."""
         return controls.draw(self.filter(logits, controls))
 
-    def update(self, tokens: Tensor, controls: Controls) -> None:  # noqa: B027  (optional)
-        """Remembers the drawn tokens, int64 [B], in the slots; an entry of -1 is a row that failed."""
+    def update(self, tokens: Tensor, logits: Tensor, controls: Controls) -> None:  # noqa: B027  (optional)
+        """Remembers the drawn tokens, int64 [B], in the slots; -1 is a row that failed, or that draws nothing.
+
+        `logits` [B, V] are those that `filter` was given.
+        """
 
 
 class Chain(Sampler):
@@ -139,7 +99,7 @@ class Chain(Sampler):
 
     def __init__(self, stages: Sequence[Sampler]) -> None:
         """Raises OptionError where two stages have a parameter of the same name, or one has no filter."""
-        self.stages = tuple(stages)
+        self._stages = tuple(stages)
         self.label = ",".join(stage.name for stage in stages)
         params: dict[str, Param] = {}
         for stage in stages:
@@ -153,10 +113,16 @@ class Chain(Sampler):
         self.params = params  # type: ignore[misc]
         order: tuple[Where, ...] = ("graph", "device", "host")
         self.runs = max((stage.runs for stage in stages), key=order.index)
+        remembers = [i for i, stage in enumerate(stages) if type(stage).update is not Sampler.update]
+        self._remembering = remembers[-1] + 1 if remembers else 0
 
     @property
     def name(self) -> str:  # type: ignore[override]
         return self.label
+
+    @property
+    def stages(self) -> tuple[Sampler, ...]:
+        return self._stages
 
     def slots(self, vocab_size: int) -> Mapping[str, TensorSpec]:
         slots: dict[str, TensorSpec] = {}
@@ -167,17 +133,30 @@ class Chain(Sampler):
                 slots[name] = spec
         return slots
 
+    def prime(self, tokens: Tensor, controls: Controls) -> None:
+        for stage in self.stages:
+            stage.prime(tokens, controls)
+
+    def prepare(self, controls: Controls) -> None:
+        for stage in self.stages:
+            stage.prepare(controls)
+
     def filter(self, logits: Tensor, controls: Controls) -> Tensor:
         for stage in self.stages:
             logits = stage.filter(logits, controls)
         return logits
 
-    def update(self, tokens: Tensor, controls: Controls) -> None:
-        for stage in self.stages:
-            stage.update(tokens, controls)
+    def update(self, tokens: Tensor, logits: Tensor, controls: Controls) -> None:
+        # Each stage is shown what it filtered. Only stages before the last that remembers anything are run again,
+        # all of them before the first memory changes.
+        inputs = [logits]
+        for stage in self.stages[: max(self._remembering - 1, 0)]:
+            inputs.append(stage.filter(inputs[-1], controls))
+        for stage, given in zip(self.stages[: self._remembering], inputs, strict=False):
+            stage.update(tokens, given, controls)
 
 
-def check_params(sampler: Sampler, given: Mapping[str, object]) -> dict[str, float]:
+def check_params(sampler: Sampler, given: Mapping[str, object]) -> dict[str, float | str]:
     """Every parameter of the sampler, as given or at its default. Raises OptionError for a name it does not have."""
     from difflib import get_close_matches
 

@@ -16,15 +16,20 @@ from rwkv_runtime.model import Model
 from rwkv_runtime.state import State
 
 FORMAT = "rwkv-runtime state 1"
+RECENT = 4096
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One row of state that has read all but the `pending` tokens, and how many tokens it has read."""
+    """One row of state that has read all but the `pending` tokens, and how many tokens it has read.
+
+    `recent` are the last tokens it has read, for samplers that look back: at most RECENT of them.
+    """
 
     state: State
     pending: tuple[int, ...]
     position: int
+    recent: tuple[int, ...] = ()
 
 
 def save_snapshot(snapshot: Snapshot, path: str | os.PathLike[str]) -> None:
@@ -37,6 +42,7 @@ def save_snapshot(snapshot: Snapshot, path: str | os.PathLike[str]) -> None:
         "architecture": snapshot.state.architecture,
         "position": str(snapshot.position),
         "pending": json.dumps(snapshot.pending),
+        "recent": json.dumps(snapshot.recent),
     }
     tensors = {name: t.detach().cpu().clone().contiguous() for name, t in snapshot.state.tensors.items()}
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -83,14 +89,15 @@ def _placed(loaded: State, model: Model) -> State:
     return state
 
 
-def _place_in_text(metadata: dict[str, str], vocab_size: int) -> tuple[tuple[int, ...], int]:
-    """The pending tokens and the position."""
+def _place_in_text(metadata: dict[str, str], vocab_size: int) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
+    """The pending tokens, the position and the recent tokens."""
     try:
-        pending, position = (json.loads(metadata[name]) for name in ("pending", "position"))
+        pending, position, recent = (json.loads(metadata[name]) for name in ("pending", "position", "recent"))
     except (KeyError, ValueError, RecursionError):
         raise StateError("a damaged state: its pending tokens or its position are missing") from None
     if type(position) is not int or not 0 <= position < 1 << 62:
         raise StateError("a damaged state: its position is not a whole number from 0")
-    if type(pending) is not list or not all(type(t) is int and 0 <= t < vocab_size for t in pending):
-        raise StateError(f"a damaged state: its pending tokens are not ids from 0 to {vocab_size - 1}")
-    return tuple(pending), position
+    for name, tokens in (("pending", pending), ("recent", recent)):
+        if type(tokens) is not list or not all(type(t) is int and 0 <= t < vocab_size for t in tokens):
+            raise StateError(f"a damaged state: its {name} tokens are not ids from 0 to {vocab_size - 1}")
+    return tuple(pending), position, tuple(recent[-RECENT:])

@@ -11,9 +11,11 @@ from rwkv_samplers.nucleus import Nucleus
 from torch import Tensor
 
 from rwkv_runtime.backend import Forward
-from rwkv_runtime.engine import Engine, Generation, Request
+from rwkv_runtime.controls import Controls
+from rwkv_runtime.engine import Engine
+from rwkv_runtime.generation import Generation, Request
 from rwkv_runtime.model import Model
-from rwkv_runtime.sampler import Controls, Param, Sampler
+from rwkv_runtime.sampler import Param, Sampler
 from rwkv_runtime.state import State, TensorSpec
 
 
@@ -43,7 +45,7 @@ class Once(Sampler):
     def filter(self, logits: Tensor, controls: Controls) -> Tensor:
         return torch.where(controls.slots["drawn"], logits - controls["strength"], logits)
 
-    def update(self, tokens: Tensor, controls: Controls) -> None:
+    def update(self, tokens: Tensor, logits: Tensor, controls: Controls) -> None:
         controls.slots["drawn"] |= controls.ids == tokens[:, None]
 
 

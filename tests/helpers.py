@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from rwkv_runtime.checkpoint import build_model, open_tensors
+from rwkv_runtime.controls import Controls
 from rwkv_runtime.model import Architecture, Model, ModelConfig
 from rwkv_runtime.plugins import Plugins
-from rwkv_runtime.sampler import Controls, Sampler, check_params
+from rwkv_runtime.sampler import Sampler, check_params
 from rwkv_runtime.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")

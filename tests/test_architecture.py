@@ -22,9 +22,10 @@ BUILT_IN = {folder.name for folder in PLUGINS.iterdir() if (folder / "__init__.p
 LEVELS = (
     {"errors", "hooks"},
     {"noise", "state", "text", "tokenizer"},
-    {"model", "sampler"},
-    {"backend", "checkpoint"},
-    {"embedded", "plugins", "snapshot"},
+    {"controls", "model"},
+    {"backend", "checkpoint", "sampler"},
+    {"embedded", "observation", "plugins", "snapshot"},
+    {"generation"},
     {"engine"},
     {"runtime"},
 )

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from rwkv_runtime.backend import Backend, Forward, Tick
-from rwkv_runtime.engine import Engine, Request
+from rwkv_runtime.engine import Engine
 from rwkv_runtime.errors import BackendError
+from rwkv_runtime.generation import Request
 from rwkv_runtime.model import Architecture, Model
 from rwkv_runtime.plugins import Plugins
 from rwkv_runtime.runtime import Runtime, usable
@@ -58,7 +59,7 @@ def forced(engine: Engine, tokens: Sequence[int]) -> Tensor:
     rows = []
     for token in tokens:
         engine.tokens[0] = token
-        engine._tick(1)()
+        engine._ticks[1]()
         rows.append(engine.logits[0].clone())
     return torch.stack(rows)
 
@@ -87,7 +88,7 @@ def test_the_compiled_step_draws_what_its_sampler_draws(compiled: Engine) -> Non
     for seed in (0, -1, 1 << 62):
         compiled.controls.set(0, check_params(Nucleus(), {"top_p": 0.95, "temperature": 1.5}), seed, 0)
         for position in range(20):
-            compiled._tick(1)()
+            compiled._ticks[1]()
             assert int(compiled.controls.position) == position + 1
             controls = controls_of(Nucleus(), 1, VOCAB_SIZE, seed, top_p=0.95, temperature=1.5)
             controls.position[0] = position

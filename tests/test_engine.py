@@ -10,8 +10,9 @@ from rwkv_backends.eager import Eager
 from rwkv_samplers.greedy import Greedy
 from rwkv_samplers.nucleus import Nucleus
 
-from rwkv_runtime.engine import CHUNK, Engine, Request
+from rwkv_runtime.engine import CHUNK, Engine
 from rwkv_runtime.errors import OptionError, SamplingError, StateError
+from rwkv_runtime.generation import Request
 from rwkv_runtime.model import Model
 from rwkv_runtime.sampler import Chain, Sampler
 from rwkv_runtime.snapshot import Snapshot

@@ -12,9 +12,10 @@ from rwkv_samplers.greedy import Greedy
 from rwkv_samplers.nucleus import Nucleus
 from torch import Tensor
 
+from rwkv_runtime.controls import Controls
 from rwkv_runtime.errors import OptionError, PluginError
 from rwkv_runtime.plugins import Plugins
-from rwkv_runtime.sampler import Chain, Controls, Param, Sampler, check_params
+from rwkv_runtime.sampler import Chain, Param, Sampler, check_params
 
 
 class Floor(Sampler):
@@ -78,7 +79,7 @@ def test_whole_numbers_reach_the_sampler_exactly() -> None:
 def test_a_row_is_started_afresh_and_moves_with_all_it_has() -> None:
     sampler = Chain([Nucleus(), Once()])
     controls = controls_of(sampler, 3, 5, temperature=[0.1, 0.2, 0.3], seed=7)
-    sampler.update(torch.tensor([0, -1, 2]), controls)
+    sampler.update(torch.tensor([0, -1, 2]), torch.zeros(3, 1), controls)
     controls.move(2, 0)
     assert controls["temperature"][:, 0].tolist() == pytest.approx([0.3, 0.2, 0.3])
     assert controls.position[:, 0].tolist() == [2, 1, 2]
@@ -91,7 +92,7 @@ def test_a_row_is_started_afresh_and_moves_with_all_it_has() -> None:
 
 def test_a_view_of_the_first_rows_is_the_same_memory() -> None:
     controls = Controls.allocate(Once(), 4, 5, CPU)
-    Once().update(torch.tensor([3, 4]), controls.view(2))
+    Once().update(torch.tensor([3, 4]), torch.zeros(2, 1), controls.view(0, 2))
     assert controls.slots["drawn"].nonzero().tolist() == [[0, 3], [1, 4]]
 
 
@@ -102,7 +103,7 @@ def test_each_row_remembers_its_own() -> None:
     drawn = []
     for _ in range(4):
         tokens = sampler.sample(logits, controls)
-        sampler.update(tokens, controls)
+        sampler.update(tokens, logits, controls)
         drawn.append(tokens.tolist())
     assert drawn == [[0, 3], [1, 2], [2, 1], [3, 0]]
     assert sampler.sample(logits, controls).tolist() == [-1, -1]  # nothing is left

@@ -13,8 +13,8 @@ from helpers import Tensors, built, tiny_config, tokens_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from rwkv_runtime.engine import Generation, Request
 from rwkv_runtime.errors import StateError
+from rwkv_runtime.generation import Generation, Request
 from rwkv_runtime.model import Architecture, Model
 from rwkv_runtime.plugins import Plugins
 from rwkv_runtime.runtime import Runtime

@@ -12,8 +12,9 @@ from rwkv_backends.eager import Eager
 from rwkv_samplers.nucleus import Nucleus
 
 from rwkv_runtime import engine as module
-from rwkv_runtime.engine import Engine, Request
+from rwkv_runtime.engine import Engine
 from rwkv_runtime.errors import OptionError, SamplingError
+from rwkv_runtime.generation import Request
 from rwkv_runtime.model import Model
 from rwkv_runtime.runtime import Runtime
 from rwkv_runtime.tokenizer import Tokenizer

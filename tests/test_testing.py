@@ -34,7 +34,7 @@ class Recent(Floor):
     def filter(self, logits, controls):
         return logits - controls["less"] * controls.slots["drawn"]
 
-    def update(self, tokens, controls):
+    def update(self, tokens, logits, controls):
         controls.slots["drawn"].copy_((controls.ids == tokens[:, None]).float())
 
 

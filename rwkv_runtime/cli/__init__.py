@@ -60,6 +60,8 @@ line wins over the environment, the environment over the file."""
 @click.option("--load-state", type=click.Path(), help="Go on from a state saved before.")
 @click.option("--save-state", type=click.Path(), help="Save the state after the text, to go on from it.")
 @click.option("--json", "as_json", is_flag=True, help="Write JSON lines instead of text.")
+@click.option("--logprobs", type=CountType(1), help="With --json: log-probabilities of N candidates at each token.")
+@click.option("--explain", is_flag=True, help="Show at each step the candidates, stage by stage, and the one drawn.")
 @click.option("-q", "--quiet", is_flag=True, help="No figures on stderr.")
 @click.option("--config", type=click.Path(), callback=read_config, is_eager=True, help="Options from a TOML file.")
 @click.option("--plugins", "table", flag_value="plugins", help="Show what plugins are installed, and leave.")

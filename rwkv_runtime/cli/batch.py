@@ -14,8 +14,8 @@ import click
 from tqdm import tqdm
 
 from rwkv_runtime.cli.run import INTERRUPTED, Session, outcome
-from rwkv_runtime.engine import Generation, Request
 from rwkv_runtime.errors import OptionError, RwkvError
+from rwkv_runtime.generation import Generation, Request
 
 FIELDS = ("prompt", "id", "max_tokens", "seed", "stop", "seconds")
 MAX_LINE = 16 << 20

@@ -10,9 +10,9 @@ from dataclasses import replace
 import click
 
 from rwkv_runtime.cli.run import Session
-from rwkv_runtime.engine import Generation
 from rwkv_runtime.errors import RwkvError
-from rwkv_runtime.snapshot import Snapshot
+from rwkv_runtime.generation import Generation
+from rwkv_runtime.snapshot import RECENT, Snapshot
 
 STOP = "\n\nUser:"
 HELP = "/reset forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C ends an answer"
@@ -93,4 +93,5 @@ def _read_on(session: Session, snapshot: Snapshot | None, said: str) -> Snapshot
     state = snapshot.state
     if tokens[:-1]:
         _, state = session.runtime.forward(tokens[:-1], state)
-    return Snapshot(state, (tokens[-1],), snapshot.position + len(tokens) - 1)
+    recent = (*snapshot.recent, *tokens[:-1])[-RECENT:]
+    return Snapshot(state, (tokens[-1],), snapshot.position + len(tokens) - 1, recent)

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from rwkv_runtime.engine import Engine, Generation
+from rwkv_runtime.engine import Engine
+from rwkv_runtime.generation import Generation
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,19 @@ from typing import Any
 import click
 import torch
 
+from rwkv_runtime.cli.explain import as_record, table
 from rwkv_runtime.cli.figures import Figures
-from rwkv_runtime.engine import Engine, Generation, Request
+from rwkv_runtime.engine import Engine
 from rwkv_runtime.errors import OptionError, RwkvError
+from rwkv_runtime.generation import Generation, Request
 from rwkv_runtime.plugins import Plugins
 from rwkv_runtime.runtime import AUTO, Runtime, load, load_plugins, parse_device, parse_dtype
 from rwkv_runtime.sampler import check_params
 from rwkv_runtime.snapshot import Snapshot
 
 INTERRUPTED = 130
+CANDIDATES = 8
+"""Candidates that --explain shows, unless --logprobs says how many."""
 
 
 class WrongUsage(click.ClickException):
@@ -74,6 +78,8 @@ def _check(options: Mapping[str, Any], plugins: Plugins) -> dict[str, object]:
     check_params(plugins.sampler(options["sampler"]), params)
     parse_device(options["device"])
     parse_dtype(options["dtype"])
+    if options["logprobs"] and not (options["as_json"] or options["explain"]):
+        raise OptionError("--logprobs goes with --json or --explain")
     modes = [mode for mode in ("chat", "prompts") if options[mode]]
     if len(modes) > 1:
         raise OptionError("--chat and --prompts exclude each other")
@@ -145,6 +151,7 @@ class Session:
             stop=options["stop"],
             seconds=options["seconds"],
             start=self.start,
+            observe=options["logprobs"] or (CANDIDATES if options["explain"] else 0),
         )
 
     def save(self, snapshot: Snapshot | None) -> None:
@@ -159,6 +166,8 @@ class Session:
         figures = Figures.of(generation, self.engine)
         if self.options["as_json"]:
             record = {"prompt": prompt, **outcome(generation), "figures": figures.as_dict()}
+            if self.options["logprobs"] and not self.options["explain"]:
+                record["logprobs"] = [as_record(o, self.runtime.tokenizer) for o in generation.observations]
             click.echo(json.dumps(record, ensure_ascii=False))
         elif not self.options["quiet"]:
             click.echo(f"[{figures.line()} | seed {generation.request.seed} | {self.runtime.backend.name}]", err=True)
@@ -184,7 +193,7 @@ def write(session: Session, prompt: str) -> None:
         if restart is not None:
             request = replace(request, prompt=(), start=restart)
         generation = session.engine.submit(request)
-        interrupted = _show(session, generation, prompt)
+        interrupted = (explain if options["explain"] else _show)(session, generation, prompt)
         restart = restart or generation.prompt_snapshot
         session.report(generation, prompt)
         if interrupted or generation.error or trial == options["trials"] - 1:
@@ -213,6 +222,26 @@ def _show(session: Session, generation: Generation, prompt: str) -> bool:
     if not silent:
         click.echo("".join(generation.pieces))  # what Ctrl-C left untaken, and the last newline
     return interrupted
+
+
+def explain(session: Session, generation: Generation, prompt: str) -> bool:
+    """Shows every step instead of the text; True where the user ended it with Ctrl-C."""
+    tokenizer, shown = session.runtime.tokenizer, 0
+    try:
+        while generation.finish is None:
+            session.engine.step()
+            for observation in generation.observations[shown:]:
+                if session.options["as_json"]:
+                    click.echo(json.dumps({"step": shown + 1, **as_record(observation, tokenizer)}, ensure_ascii=False))
+                else:
+                    click.echo(f"{shown + 1}. {table(observation, tokenizer)}")
+                shown += 1
+    except KeyboardInterrupt:
+        session.engine.cancel(generation)
+        return True
+    if not session.options["as_json"]:
+        click.echo(prompt + generation.text)
+    return False
 
 
 @contextlib.contextmanager

@@ -20,11 +20,11 @@ class Case(NamedTuple):
 
     kind: str
     logits: Tensor  # [V]
-    values: Mapping[str, float]
+    values: Mapping[str, float | str]
     seed: int
 
     def __str__(self) -> str:
-        values = ", ".join(f"{name}={value:g}" for name, value in self.values.items())
+        values = ", ".join(f"{name}={value:g}" for name, value in self.values.items() if not isinstance(value, str))
         return f"logits: {self.kind}{'; ' * bool(values)}{values}"
 
 
@@ -56,17 +56,21 @@ def hard_logits(V: int) -> dict[str, Tensor]:
     }
 
 
-def settings_of(sampler: Sampler, vocab_size: int) -> Iterator[dict[str, float]]:
-    defaults: dict[str, float] = {name: param.default for name, param in sampler.params.items()}
+def settings_of(sampler: Sampler, vocab_size: int) -> Iterator[dict[str, float | str]]:
+    """The defaults, then every number at its bounds and neutral value, alone and all together; texts stay."""
+    defaults: dict[str, float | str] = {name: param.default for name, param in sampler.params.items()}
     yield defaults
     edges: dict[str, list[float]] = {}
     for name, param in sampler.params.items():
-        wanted: list[float | None] = [param.low, param.high, param.off]
+        if isinstance(param.default, str):
+            continue
+        off = None if isinstance(param.off, str) else param.off
+        wanted: list[float | None] = [param.low, param.high, off]
         if isinstance(param.default, int):
             wanted += [1, vocab_size + 1]  # more than there are tokens
         fit = [v for v in wanted if v is not None and math.isfinite(v) and param.low <= v <= param.high]
-        edges[name] = [param.check(name, value) for value in fit] or [param.default]
+        edges[name] = [float(param.check(name, value)) for value in fit] or [param.default]
         yield from ({**defaults, name: value} for value in sorted({*edges[name]} - {param.default}))
     if len(edges) > 1:
-        yield {name: min(values) for name, values in edges.items()}
-        yield {name: max(values) for name, values in edges.items()}
+        yield defaults | {name: min(values) for name, values in edges.items()}
+        yield defaults | {name: max(values) for name, values in edges.items()}

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rwkv_runtime.controls import Controls
 from rwkv_runtime.errors import OptionError
 from rwkv_runtime.runtime import Runtime
-from rwkv_runtime.sampler import Controls, Sampler, Where, check_params
+from rwkv_runtime.sampler import Sampler, Where, check_params
 from rwkv_runtime.testing.cases import BAD, Case, cases_of
 from rwkv_runtime.testing.words import author_line, describe, reason
 
@@ -111,7 +112,7 @@ def _play(sampler: Sampler, cases: Sequence[Case]) -> _Played:
             return played._replace(problem="changes the parameters, the seed or the position in its controls")
         played.kept.append(kept)
         played.drawn.append(drawn)
-        sampler.update(torch.where(logits.amax(dim=-1).isfinite(), drawn, -1), controls)
+        sampler.update(torch.where(logits.amax(dim=-1).isfinite(), drawn, -1), logits, controls)
         controls.position.add_(1)
     return played
 
@@ -208,7 +209,7 @@ def _host_problem(sampler: Sampler, vocab_size: int) -> str | None:
     try:
         with _NoMasks():  # type: ignore[no-untyped-call]
             sampler.filter(logits, controls)
-            sampler.update(sampler.sample(logits, controls), controls)
+            sampler.update(sampler.sample(logits, controls), logits, controls)
     except Exception as error:  # torch raises several types here
         if "not on the expected device" in str(error):
             return f"mixes devices; make tensors with device=logits.device{author_line(error)}"
