@@ -22,13 +22,14 @@ def embedded_model(folder: Path | None = None) -> Path:
     folder = folder or Path(str(files("rwkv_runtime"))) / "data"
     manifest = folder / MANIFEST
     try:
-        expected = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        listed = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+        expected = {name: (int(facts["bytes"]), str(facts["sha256"])) for name, facts in listed.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(
             f"{manifest}: the embedded model's list of files is missing or damaged; {REINSTALL}"
         ) from None
-    for name, facts in expected.items():
-        _check(folder / name, int(facts["bytes"]), str(facts["sha256"]))
+    for name, (size, sha256) in expected.items():
+        _check(folder / name, size, sha256)
     return folder / "story.safetensors"
 
 

@@ -26,7 +26,7 @@ class Request:
 
     prompt: Sequence[int] = ()
     params: Mapping[str, object] = field(default_factory=dict)
-    max_tokens: int = 256
+    max_tokens: int = 512
     seed: int = 0
     stop: tuple[str, ...] = ()
     seconds: float | None = None

@@ -27,7 +27,7 @@ def plot(records: list[dict[str, Any]], output: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 7), layout="constrained")
+    figure = Figure(figsize=(9, 6), layout="constrained")
     FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, sharex=True)
     losses = [record for record in records if "loss" in record and "rate" in record]
@@ -40,13 +40,13 @@ def plot(records: list[dict[str, Any]], output: Path) -> None:
         lower.plot([r["step"] for r in heldout], [r["heldout"][name] for r in heldout], marker=".", label=name)
     lower.set_ylabel("held-out bits per byte")
     lower.set_xlabel("step")
-    lower.legend()
+    lower.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     for axes in (upper, lower):
         axes.grid(alpha=0.3)
         for record in records:
             if record.get("event") == "decay begins":
                 axes.axvline(record["step"], color="grey", linestyle=":")
-    figure.savefig(output, dpi=150)
+    figure.savefig(output, dpi=100)
 
 
 def main() -> None:

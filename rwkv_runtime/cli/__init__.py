@@ -43,7 +43,7 @@ line wins over the environment, the environment over the file."""
 @click.option("--device", help="cpu, cuda or cuda:N.  [default: cuda where there is one]")
 @click.option("--dtype", help="float32, bfloat16 or float16.  [default: the file's own]")
 @click.option("--threads", type=CountType(1), help="CPU threads.  [default: torch's own choice]")
-@click.option("-n", "--max-tokens", type=CountType(1), default=256, show_default=True, help="Most tokens to write.")
+@click.option("-n", "--max-tokens", type=CountType(1), default=512, show_default=True, help="Most tokens to write.")
 @click.option("--seconds", type=click.FloatRange(min=0, min_open=True), help="Most seconds to write for.")
 @click.option("--trials", type=CountType(1), default=1, show_default=True, help="Texts to write from the one prompt.")
 @click.option("--seed", type=int, help="Seed of the first trial; the next ones count up.  [default: drawn]")
