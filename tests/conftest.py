@@ -17,9 +17,10 @@ def plugins() -> Plugins:
     return Plugins.load({"RWKV_PLUGINS": ""})
 
 
-@pytest.fixture(scope="session")
-def architecture(plugins: Plugins) -> Architecture:
-    return plugins.architectures.get("rwkv6")
+@pytest.fixture(scope="session", params=["rwkv6", "rwkv7"])
+def architecture(request: pytest.FixtureRequest, plugins: Plugins) -> Architecture:
+    """Each in turn; `only("rwkv6")` of helpers keeps a test to one."""
+    return plugins.architectures.get(request.param)
 
 
 @pytest.fixture(scope="session")

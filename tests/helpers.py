@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -20,6 +21,11 @@ CPU = torch.device("cpu")
 BYTES = {byte + 1: bytes((byte,)) for byte in range(256)}
 VOCAB_SIZE = 260  # three more than the byte vocabulary has: ids 257 to 259 must never be drawn
 Tensors = dict[str, Tensor]
+
+
+def only(architecture: str) -> pytest.MarkDecorator:
+    """Runs a test with one architecture instead of each in turn."""
+    return pytest.mark.parametrize("architecture", [architecture], indirect=True)
 
 
 def byte_tokenizer() -> Tokenizer:

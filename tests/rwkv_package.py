@@ -8,8 +8,32 @@ Writes logits after every token as read at once, [T, V], and after the first ten
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def package_logits(
+    tensors: Mapping[str, Tensor], tokens: Sequence[int], strategy: str, folder: Path, **switches: str
+) -> tuple[Tensor, Tensor]:
+    """What the package makes of a checkpoint: (at once, one by one). Switches are its RWKV_... variables."""
+    import torch
+
+    torch.save(dict(tensors), folder / "model.pth")
+    (folder / "tokens.json").write_text(json.dumps(tokens))
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("RWKV_")}
+    environ |= {"RWKV_CUDA_ON": "0"} | switches
+    command = [sys.executable, __file__, folder / "model.pth", folder / "tokens.json", strategy, folder / "logits.pt"]
+    result = subprocess.run(command, env=environ, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    at_once, singly = torch.load(folder / "logits.pt")
+    return at_once, singly
 
 
 def main(path: str, tokens_path: str, strategy: str, out: str) -> None:

@@ -15,7 +15,7 @@ SHOWN = 10
 HEAD = """# The story model
 
 A small RWKV-6 (x060) language model that writes short stories in English: {parameters} million parameters, {layers}
-layers of width {width} with heads of 64, bfloat16, {megabytes:.1f} MB, a vocabulary of {vocabulary} byte-level tokens in
+layers of width {width} with heads of 64, bfloat16, {megabytes:.1f} MB, {vocabulary} byte-level tokens in
 RWKV's format (id 0 ends a text). It was trained from nothing for rwkv-runtime, so that the runtime has something to
 run at once and its tests have trained weights. It is a toy: it knows no facts, contradicts itself, and can only write
 stories.

@@ -2,30 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-
-from rwkv_runtime import CheckpointError, ModelConfig
-
-
-class Shapes:
-    """Shapes of a file's tensors, axes of length one left out: files differ in where they keep those."""
-
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self.shapes = shapes
-
-    def get(self, name: str, axes: int) -> tuple[int, ...]:
-        if name not in self.shapes:
-            raise CheckpointError(f"tensor {name} is missing")
-        if len(self.shapes[name]) != axes or 0 in self.shapes[name]:
-            raise CheckpointError(f"tensor {name} is {list(self.shapes[name])}, not of {axes} axes")
-        return self.shapes[name]
-
-    def expect(self, name: str, expected: tuple[int, ...]) -> None:
-        if name not in self.shapes:
-            raise CheckpointError(f"tensor {name} is missing")
-        actual = self.shapes[name]
-        if [n for n in actual if n != 1] != [n for n in expected if n != 1]:
-            raise CheckpointError(f"tensor {name} is {list(actual)}, it should be {list(expected)}")
+from rwkv_layers.shapes import Shapes as Shapes
+from rwkv_layers.shapes import expected_state as expected_state
+from rwkv_runtime import ModelConfig
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -45,11 +24,3 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes |= {f"{ffn}time_maa_{part}": (C,) for part in "kr"}
         shapes |= {f"{ffn}key.weight": (F_, C), f"{ffn}value.weight": (C, F_), f"{ffn}receptance.weight": (C, C)}
     return shapes | {f"{norm}.{part}": (C,) for norm in norms for part in ("weight", "bias")}
-
-
-def expected_state(config: ModelConfig, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """The initial WKV states of a state-tuned file: one in every layer. Other files have none."""
-    if not any(name.endswith(".att.time_state") for name in names):
-        return {}
-    size = config.head_size
-    return {f"blocks.{i}.att.time_state": (config.n_head, size, size) for i in range(config.n_layer)}
