@@ -186,6 +186,7 @@ class Engine:
             self.tokens[row].copy_(self.tokens[last])
             self.controls.move(last, row)
             self.active[row] = self.active[last]
+        self.controls.notes[last].clear()  # what a sampler keeps there may be large, and idle rows are drawn for too
         self.active.pop()
 
     def _build_tick(self, size: int) -> Tick:

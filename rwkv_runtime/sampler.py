@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from abc import ABC
 from collections.abc import Mapping, Sequence
@@ -33,9 +34,12 @@ class Param:
     """The neutral value, at which the parameter does nothing."""
 
     def check(self, name: str, value: object) -> float | str:
-        """The value as this parameter's type. Raises OptionError with the range."""
+        """The value as this parameter's type; for a text, a dictionary or a list becomes JSON.
+
+        Raises OptionError with the range.
+        """
         if isinstance(self.default, str):
-            return str(value)
+            return json.dumps(value) if isinstance(value, (dict, list)) else str(value)
         kind = "a whole number" if isinstance(self.default, int) else "a number"
         try:
             number = float(str(value))

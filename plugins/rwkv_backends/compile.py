@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import types
 from collections.abc import Sequence
 from functools import partial
@@ -29,8 +30,11 @@ class Compile(Backend):
             return "torch.compile does not support this Python"
         if model is not None and model.device.type == "cuda":
             return None if find_spec("triton") else "Triton is not installed"
-        compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
-        return None if compiler and shutil.which(compiler) else "no C++ compiler found; install g++ or clang++"
+        # What inductor itself would call: it looks for no other compiler.
+        compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+        if shutil.which(compiler):
+            return None
+        return f"no C++ compiler found: there is no {compiler}; install it, or name another in the variable CXX"
 
     def forward(self, model: Model) -> Forward:
         return partial(model.architecture.forward, model.architecture.ops, model.weights)
