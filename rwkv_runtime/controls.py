@@ -35,7 +35,8 @@ class Controls:
     ids: Tensor
     """int64 [1, V]: 0, 1, ..."""
     notes: Sequence[dict[str, Any]]
-    """One dictionary a row for samplers with `runs = "host"`: parameters that are texts, and whatever they keep."""
+    """One dictionary a row, on the host: parameters that are texts, for `prime`, and whatever samplers with
+    `runs = "host"` keep."""
     tokenizer: Tokenizer | None = None
 
     @classmethod

@@ -10,23 +10,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_MASK = 0xFFFFFFFF
 
-
-def _multiply(x: Tensor, factor: int) -> Tensor:
-    # The factor as a signed 32-bit number: a 32-bit x then never overflows int64, and the low half is the same.
-    return (x * (factor - (1 << 32) if factor >> 31 else factor)) & _MASK
+def _signed(x: int) -> int:
+    """The int32 with the low 32 bits of x."""
+    return (x & 0x7FFFFFFF) - (x & 0x80000000)
 
 
 def mix(x: Tensor) -> Tensor:
-    """A bijection of the 32-bit numbers in an int64 tensor that scatters neighbours.
+    """A bijection of int32 that scatters neighbours; done in place, for fresh memory costs as much as arithmetic.
 
     The multiply-xorshift hash "lowbias32" from C. Wellons' search for low-bias integer hashes
-    (https://nullprogram.com/blog/2018/07/31/).
+    (https://nullprogram.com/blog/2018/07/31/). int32 arithmetic wraps; its shifts drag the sign along, which the
+    masks take off.
     """
-    x = _multiply(x ^ (x >> 16), 0x7FEB352D)
-    x = _multiply(x ^ (x >> 15), 0x846CA68B)
-    return x ^ (x >> 16)
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    x *= _signed(0x7FEB352D)
+    x ^= (x >> 15).bitwise_and_(0x1FFFF)
+    x *= _signed(0x846CA68B)
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    return x
 
 
 def uniform(seed: Tensor, position: Tensor, ids: Tensor, stream: int = 0) -> Tensor:
@@ -35,15 +37,19 @@ def uniform(seed: Tensor, position: Tensor, ids: Tensor, stream: int = 0) -> Ten
     seed and position are int64 [B, 1] (all 64 bits count), ids int64 [1, V] or [B, V]; the result is
     float32, broadcast to [B, V]. Samplers that need numbers beside the final draw take another `stream`.
     """
-    key = mix((seed & _MASK) ^ stream)
-    key = mix(key ^ ((seed >> 32) & _MASK))
-    row = mix(key ^ (position & _MASK))  # [B, 1]
-    row = mix(row ^ ((position >> 32) & _MASK) ^ 0x9E3779B9)
-    # Two rounds with different keys: one alone would make nearby keys' numbers permutations of each other.
-    h = mix(mix((ids ^ row) & _MASK) ^ mix(row ^ key ^ 0x85EBCA6B))  # [B, V]
-    return ((h.to(torch.float32) + 0.5) * 2.0**-32).clamp(max=1.0 - 2.0**-24)
+    rows = max(len(seed), len(position))
+    words = torch.cat([seed.expand(rows, 1), position.expand(rows, 1)], dim=1)  # [B, 2]
+    words = mix(mix(words.to(torch.int32)) ^ (words >> 32).to(torch.int32))  # the low halves, then the high ones
+    s, p = words[:, :1], words[:, 1:]
+    # Two keys, which differ as a pair wherever s or p does. Two rounds with different ones, since one alone would
+    # make nearby keys' numbers permutations of each other.
+    keys = mix(torch.cat([s + p * _signed(0x9E3779B9), s + p * _signed(0x85EBCA6A)], dim=1) ^ stream)
+    h = mix(ids.to(torch.int32) ^ keys[:, :1])  # [B, V]
+    h = mix(h.bitwise_xor_(keys[:, 1:]))
+    # Small numbers, which become the largest Gumbel noise, are the exact ones in float32.
+    return h.bitwise_and_(0x7FFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-31).clamp_(max=1.0 - 2.0**-24)
 
 
 def gumbel(seed: Tensor, position: Tensor, ids: Tensor) -> Tensor:
     """Standard Gumbel noise, float32, finite everywhere: argmax(logits + gumbel) draws from softmax(logits)."""
-    return -torch.log(-torch.log1p(-uniform(seed, position, ids)))
+    return uniform(seed, position, ids).neg_().log1p_().neg_().log_().neg_()

@@ -23,7 +23,8 @@ Where = Literal["graph", "device", "host"]
 class Param:
     """One setting of a sampler. The default decides its type: an int stays an int, a text a text.
 
-    Texts reach samplers with `runs = "host"` alone, in `controls.notes`.
+    Texts are in `controls.notes`, which `prime` may read, and `prepare` where `runs` is "host"; nothing that runs in a
+    graph may.
     """
 
     default: float | str

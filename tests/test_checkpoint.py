@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CPU, VOCAB_SIZE, Tensors, apart, built, loaded, logits_of, tiny_config, tokens_of
+from helpers import CPU, VOCAB_SIZE, Tensors, apart, built, loaded, logits_of, only, tiny_config, tokens_of
 from safetensors.torch import save_file
 
 import rwkv_runtime
@@ -98,7 +98,8 @@ def test_loading_needs_hardly_more_memory_than_the_file(
 
 @pytest.mark.parametrize("head_size", [1, 8, 32])
 def test_every_size_is_read_from_the_shapes(head_size: int, architecture: Architecture, plugins: Plugins) -> None:
-    config = replace(tiny_config(architecture, 3, head_size), n_ffn=40, vocab_size=17, ranks={"maa": 3, "decay": 5})
+    config = replace(tiny_config(architecture, 3, head_size), n_ffn=40, vocab_size=17)
+    config = replace(config, ranks={name: 3 + i for i, name in enumerate(config.ranks)})
     model = built(architecture.random(config), plugins)
     assert model.config == config
     assert model.config.n_head == 32 // head_size
@@ -109,12 +110,13 @@ def test_the_number_type_is_the_files_own_unless_another_is_asked_for(
     architecture: Architecture, plugins: Plugins
 ) -> None:
     tensors = architecture.random(tiny_config(architecture), dtype=torch.bfloat16)
-    tensors["blocks.0.att.time_decay"] = tensors["blocks.0.att.time_decay"].float()  # as released files have it
+    (decay,) = tensors.keys() & {"blocks.0.att.time_decay", "blocks.0.att.w0"}
+    tensors[decay] = tensors[decay].float()  # as released files have it
     assert built(tensors, plugins).dtype == torch.bfloat16
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         model = built(tensors, plugins, dtype)
         assert model.dtype == model.weights.head.dtype == model.new_state()["att_x_prev"].dtype == dtype
-        assert model.weights.blocks[0].att.decay.dtype == model.new_state()["att_kv"].dtype == torch.float32
+        assert model.weights.blocks[0].att.ln_x_weight.dtype == model.new_state()["att_kv"].dtype == torch.float32
         assert logits_of(model, [1]).dtype == torch.float32
 
 
@@ -133,6 +135,7 @@ def test_deep_models_keep_their_meaning_in_every_number_type(
     assert apart(ours, architecture.reference(rounded, TOKENS)) < tolerance
 
 
+@only("rwkv6")
 def test_float16_halves_the_stream_every_six_layers(architecture: Architecture, plugins: Plugins) -> None:
     tensors = architecture.random(tiny_config(architecture, layers=13))
     blocks = built(tensors, plugins, torch.float16).weights.blocks
@@ -161,8 +164,7 @@ def test_a_state_tuned_file_starts_every_text_from_its_state(
 
 
 def test_axes_of_length_one_may_be_there_or_not(checkpoint: Tensors, model: Model, plugins: Plugins) -> None:
-    padded = {n: t.view(1, 1, -1) if ".time_maa_" in n and t.dim() == 1 else t for n, t in checkpoint.items()}
-    padded |= {n: t.view(1, 1, -1) for n, t in checkpoint.items() if n.endswith("time_decay")}
+    padded = {n: t.view(1, 1, -1) if t.dim() == 1 else t for n, t in checkpoint.items()}
     padded |= {n: t.view(-1, 1) for n, t in checkpoint.items() if n.endswith("ln1.weight")}
     assert torch.equal(logits_of(built(padded, plugins), TOKENS), logits_of(model, TOKENS))
 

@@ -28,7 +28,7 @@ from rwkv_runtime.plugins import Plugins
 def small(architecture: Architecture) -> Tensors:
     """A model of one layer that takes a few kilobytes."""
     config = replace(tiny_config(architecture, 1), n_embd=4, n_head=2, head_size=2, n_ffn=4, vocab_size=6)
-    return architecture.random(replace(config, ranks={"maa": 2, "decay": 2}))
+    return architecture.random(replace(config, ranks=dict.fromkeys(config.ranks, 2)))
 
 
 def pth(content: object) -> bytes:
@@ -188,7 +188,7 @@ def test_a_safetensors_header_that_lies(
     [
         (["blocks.0.att.time_mix_k", "blocks.0.att.time_first"], "RWKV-4"),
         (["blocks.0.att.time_mix_k", "blocks.0.att.time_faaaa", "blocks.0.att.ln_x.weight"], "RWKV-5"),
-        (["blocks.0.att.x_r", "blocks.0.att.r_k"], "RWKV-7"),
+        (["blocks.0.att.r_k", "blocks.0.ffn.s_emb.weight"], "RWKV-7 with DeepEmbed"),
         (["model.layers.0.self_attn.q_proj.weight"], "no blocks"),
     ],
 )
@@ -211,8 +211,8 @@ def test_each_wrong_shape_is_named(checkpoint: Tensors, plugins: Plugins) -> Non
 
 
 def test_heads_that_do_not_make_up_the_width(checkpoint: Tensors, plugins: Plugins) -> None:
-    wrong = {n: torch.ones(5, 13) for n in checkpoint if n.endswith("time_faaaa")}
-    with pytest.raises(CheckpointError, match=r"time_faaaa is \[5, 13\]"):
+    wrong = {n: torch.ones(5, 13) for n in checkpoint if n.endswith(("time_faaaa", "r_k"))}
+    with pytest.raises(CheckpointError, match=r"(time_faaaa|r_k) is \[5, 13\]"):
         built(checkpoint | wrong, plugins)
 
 

@@ -46,7 +46,7 @@ def test_numbers_lie_inside_the_open_interval_and_gumbel_noise_is_finite() -> No
 
 
 def test_the_hash_at_its_ends_stays_inside_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    for end in (0, 0xFFFFFFFF):
+    for end in (0, -1, 0x7FFFFFFF, -(1 << 31)):
         monkeypatch.setattr("rwkv_runtime.noise.mix", lambda x, end=end: torch.full_like(x, end))
         assert 0.0 < float(numbers([1], [1], 1)) < 1.0
         assert bool(gumbel(column([1]), column([1]), torch.tensor([[0]])).isfinite())
@@ -76,11 +76,22 @@ def test_no_two_positions_hold_the_same_numbers_in_another_order() -> None:
 
 
 def test_the_hash_is_a_bijection() -> None:
-    inputs = torch.cat([torch.arange(1 << 18), torch.arange((1 << 32) - (1 << 18), 1 << 32)])
-    hashed = mix(inputs)
-    assert len(hashed.unique()) == len(inputs)
-    assert int(hashed.min()) >= 0
-    assert int(hashed.max()) < 1 << 32
+    near, far = torch.arange(1 << 18), torch.arange(1 << 18) * 0x4000 - (1 << 31)
+    inputs = torch.cat([near, -near - 1, far]).to(torch.int32).unique()
+    assert len(mix(inputs.clone()).unique()) == len(inputs)
+
+
+def test_the_hash_is_the_published_one_in_unsigned_arithmetic() -> None:
+    def plain(x: int) -> int:
+        x ^= x >> 16
+        x = x * 0x7FEB352D % (1 << 32)
+        x ^= x >> 15
+        x = x * 0x846CA68B % (1 << 32)
+        return x ^ x >> 16
+
+    inputs = [0, 1, 2, 0x7FFFFFFF, -1, -2, -(1 << 31), 123456789, -987654321]
+    hashed = mix(torch.tensor(inputs, dtype=torch.int32)).tolist()
+    assert [h % (1 << 32) for h in hashed] == [plain(x % (1 << 32)) for x in inputs]
 
 
 def test_a_key_gives_its_number_in_any_shape() -> None:

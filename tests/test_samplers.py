@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers import chi_squared, controls_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_samplers import nucleus as plain_nucleus
+from plain_samplers import softmax
 from rwkv_samplers.greedy import Greedy
 from rwkv_samplers.nucleus import Nucleus
 from torch import Tensor
@@ -19,35 +22,6 @@ grid = st.lists(st.integers(-40, 40).map(lambda n: n / 4), min_size=1, max_size=
 wild = st.one_of(
     st.sampled_from([0.0, -0.0, 1.0, INF, -INF, math.nan, 3e38, -3e38, 1e-40, 88.0]), st.floats(-30, 30, width=32)
 )
-
-
-def plain_nucleus(logits: list[float], temperature: float, top_p: float, top_k: int) -> list[float]:
-    """RWKV's demo programs, in words: softmax; drop all but the k likeliest; of the whole distribution, sorted, find
-    the probability at which the running sum reaches P; drop what is less likely; adjust the tokens at that
-    probability so that exactly P is left; raise to 1/T."""
-    order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
-    if temperature == 0 or top_p == 0:
-        return [float(i == order[0]) for i in range(len(logits))]
-    mass = sum(math.exp(z - max(logits)) for z in logits)
-    every = [math.exp(z - max(logits)) / mass for z in logits]
-    kept = list(every)
-    for i in order[top_k:] if top_k else ():
-        kept[i] = 0.0
-    if top_p < 1:
-        running, cutoff = 0.0, every[order[-1]]
-        for i in order:
-            running += every[i]
-            if running >= top_p:
-                cutoff = every[i]
-                break
-        kept = [p if p >= cutoff else 0.0 for p in kept]
-        tied = [i for i, p in enumerate(kept) if p == cutoff]
-        excess = sum(kept) - top_p
-        for i in tied:
-            kept[i] = max(0.0, cutoff - excess / len(tied))
-    best = max(kept)
-    weights = [math.exp(math.log(p / best) / temperature) if p > 0 else 0.0 for p in kept]
-    return [weight / sum(weights) for weight in weights]
 
 
 def distribution(sampler: Greedy | Nucleus, logits: Tensor, **params: object) -> Tensor:
@@ -68,7 +42,7 @@ def nucleus(logits: list[float], **params: object) -> list[float]:
 )
 def test_nucleus_is_the_plain_algorithm(logits: list[float], temperature: float, top_p: float, top_k: int) -> None:
     ours = nucleus(logits, temperature=temperature, top_p=top_p, top_k=top_k)
-    theirs = plain_nucleus(logits, temperature, top_p, top_k)
+    theirs = softmax(plain_nucleus(logits, temperature, top_p, top_k))
     assert sum(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 2e-3
 
 
@@ -188,7 +162,8 @@ def test_draws_are_as_frequent_as_they_should_be(params: dict[str, float]) -> No
     expected = torch.tensor(nucleus(logits, **params))
     rows = 20_000
     controls = controls_of(Nucleus(), 1, 8, **params)
-    controls.position = torch.arange(rows)[:, None]  # one text's positions, drawn together
+    position = torch.arange(rows)[:, None]  # one text's positions, drawn together
+    controls = replace(controls, position=position)
     drawn = Nucleus().sample(torch.tensor([logits]).expand(rows, -1), controls)
     counts = torch.bincount(drawn, minlength=8)
     assert int(counts[expected == 0].sum()) == 0
@@ -208,5 +183,5 @@ def test_a_draw_depends_on_its_row_alone() -> None:
     assert len(set(drawn.tolist())) > 8
     for shuffle in (torch.randperm(24, generator=draw), torch.arange(23, -1, -1), *torch.arange(24)[:, None]):
         values = {name: t[shuffle] for name, t in controls.values.items()}
-        other = type(controls)(values, controls.seed[shuffle], controls.position[shuffle], {}, controls.ids)
+        other = type(controls)(values, controls.seed[shuffle], controls.position[shuffle], {}, controls.ids, [])
         assert torch.equal(Nucleus().sample(logits[shuffle], other), drawn[shuffle])

@@ -6,10 +6,13 @@ The order and the exact mass are those of BlinkDL's RWKV demo programs: the kept
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from rwkv_runtime import Controls, Param, Sampler, hookimpl
+from rwkv_samplers.selection import LAST, Cut, cut, relative, score_of, share_of
 
 
 class Nucleus(Sampler):
@@ -24,33 +27,59 @@ class Nucleus(Sampler):
 
     def filter(self, logits: Tensor, controls: Controls) -> Tensor:
         temperature, top_p, top_k = controls["temperature"], controls["top_p"], controls["top_k"]
-        # Sorted before the softmax, whose rounding could make equals of the two best; in log space, since
-        # p ** (1 / T) underflows to all zeros at a small T.
-        logits, ids = logits.sort(dim=-1, descending=True, stable=True)  # [B, V]
-        log_p = torch.log_softmax(logits, dim=-1)
-        rank = torch.arange(log_p.shape[-1], device=log_p.device)
-        kept = (rank < torch.where(top_k > 0, top_k, rank.numel())) & (log_p > -torch.inf)
         greedy = (temperature == 0) | (top_p == 0)
-        log_weight = torch.where(top_p < 1, _exact_mass(log_p, kept, top_p), log_p)
-        log_weight = log_weight.masked_fill(~torch.where(greedy, rank == 0, kept), -torch.inf)
-        log_weight = torch.where(greedy & (rank == 0), log_p, log_weight)
-        best = log_weight.amax(dim=-1, keepdim=True)
-        scaled = (log_weight - best) / torch.where(greedy, 1.0, temperature)
-        return torch.full_like(logits, -torch.inf).scatter(-1, ids, scaled)
+        count = torch.where(greedy, 1, torch.where(top_k > 0, top_k, logits.shape[-1] + 1))
+        packed = Packed.of(logits.shape[-1])
+        weight = packed.weight(logits)
+        target = share_of(packed.mass(weight.sum(dim=-1, keepdim=True)), top_p)
+        # Both limits are of the plain distribution: whichever is reached first ends the prefix.
+        end = cut(logits, weight, lambda sums: (packed.mass(sums) < target) & (packed.tokens(sums) < count))
+        best = logits.amax(dim=-1, keepdim=True)
+        left = count - packed.tokens(end.above)  # how many of those at the cut fit in
+        share = _share_at_the_cut(packed, end, best, target, left)
+        # In log space, since p ** (1 / T) underflows to all zeros at a small T; the largest is 0.
+        top, divisor = best + share.clamp(min=0.0), torch.where(greedy, 1.0, temperature)
+        tied = end.keys == end.key
+        tied &= tied.cumsum(dim=-1) <= left
+        at_cut = (share - share.clamp(min=0.0)) / divisor
+        beyond = torch.where(tied, at_cut, -torch.inf)
+        return torch.where(end.keys < end.key, (logits - top).div_(divisor), beyond)
 
 
-def _exact_mass(log_p: Tensor, kept: Tensor, top_p: Tensor) -> Tensor:
-    """Log weights of sorted tokens [B, V]: those above the cutoff keep theirs, those tied at it share what is left.
+class Packed(NamedTuple):
+    """Mass and number of tokens in one int64, so that one addition adds both."""
 
-    The cutoff is the probability at which the cumulative sum first reaches `top_p`.
+    unit: float  # mass of the likeliest token
+    bits: int  # of the number
+
+    @classmethod
+    def of(cls, vocab_size: int) -> Packed:
+        """As exact as there is room for: 2^-29 of the likeliest token at 65536 tokens."""
+        bits = vocab_size.bit_length()
+        return cls(2.0 ** (62 - bits - (vocab_size - 1).bit_length()), bits)
+
+    def weight(self, logits: Tensor) -> Tensor:
+        whole = relative(logits).mul_(self.unit).round_()
+        return whole.mul_(2.0**self.bits).to(torch.int64).add_(1)
+
+    def mass(self, weight: Tensor) -> Tensor:
+        return weight >> self.bits
+
+    def tokens(self, weight: Tensor) -> Tensor:
+        return weight & ((1 << self.bits) - 1)
+
+
+def _share_at_the_cut(packed: Packed, end: Cut, best: Tensor, target: Tensor, left: Tensor) -> Tensor:
+    """The log weight [B, 1], relative to the best token's, of each kept token at the cut.
+
+    They share what is left of the mass, where it is the mass that ends the prefix, and keep their own otherwise.
     """
-    p = log_p.exp()
-    reached = (p.cumsum(dim=-1) < top_p).sum(dim=-1, keepdim=True).clamp(max=p.shape[-1] - 1)
-    cutoff = log_p.gather(-1, reached)
-    above, tied = kept & (log_p > cutoff), kept & (log_p == cutoff)
-    left = top_p - torch.where(above, p, 0.0).sum(dim=-1, keepdim=True)  # below 0 by rounding alone
-    share = (left / tied.sum(dim=-1, keepdim=True).clamp(min=1)).clamp(min=0.0).log()
-    return torch.where(above, log_p, torch.where(tied, share, -torch.inf))
+    above, tied = packed.mass(end.above), packed.mass(end.tied)
+    each = (target - above).double() / (torch.minimum(packed.tokens(end.tied), left) * packed.unit)
+    share = torch.where(above + tied >= target, each.log().float(), score_of(end.key) - best)
+    # Nothing is cut down where the cut is at the best token and its equals, or where there is none.
+    share = torch.where((packed.tokens(end.above) == 0) | (end.key == LAST), 0.0, share)
+    return torch.where(best.isfinite(), share, torch.nan)
 
 
 @hookimpl

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from rwkv_runtime import __version__
+from rwkv_runtime.cli.formats import FORMATS
 from rwkv_runtime.cli.options import CountType, PairType, StopType, read_config
 
 EPILOG = """\b
@@ -54,6 +55,7 @@ line wins over the environment, the environment over the file."""
 @click.option("-o", "--option", type=PairType(), nargs=2, multiple=True, help="A sampler's parameter. Repeatable.")
 @click.option("--echo/--no-echo", default=True, show_default=True, help="Write the prompt before the text.")
 @click.option("--chat", is_flag=True, help="Talk with the model, turn by turn.")
+@click.option("--chat-format", type=click.Choice([*FORMATS]), default="world", show_default=True, help="Of --chat.")
 @click.option("--prompts", type=click.Path(), help="Write from every line of a JSONL file; needs --output.")
 @click.option("--output", type=click.Path(), help="Where --prompts writes; an interrupted run is taken up again.")
 @click.option("--rows", type=CountType(1), default=8, show_default=True, help="Prompts written at once by --prompts.")

@@ -1,4 +1,4 @@
-"""--chat: turn by turn, in the World models' prompt format."""
+"""--chat: turn by turn, in one of the models' prompt formats."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import click
 
+from rwkv_runtime.cli.formats import FORMATS
 from rwkv_runtime.cli.run import Session
 from rwkv_runtime.errors import RwkvError
 from rwkv_runtime.generation import Generation
@@ -31,6 +32,7 @@ def chat(session: Session) -> None:
             import readline  # noqa: F401  (line editing for input())
         click.echo(HELP, err=True)
     snapshot, said = session.start, ""
+    form = FORMATS[session.options["chat_format"]]
     turn = 0
     while (message := _ask(interactive)) is not None:
         if message == "/exit":
@@ -40,10 +42,11 @@ def chat(session: Session) -> None:
             continue
         if not message:
             continue
-        opening = "\n\n" if snapshot is not None else ""
-        generation = _answer(session, snapshot, f"{said}{opening}User: {message}\n\nAssistant:", session.seed + turn)
+        between = "\n\n" if snapshot is not None else ""
+        prompt = f"{said}{between}{form.prompt(message)}"
+        generation = _answer(session, snapshot, prompt, session.seed + turn, form.opening.lstrip())
         snapshot = generation.prompt_snapshot or snapshot
-        said = f" {clean(generation.text)}"  # read again with the next message, without the stop string
+        said = form.answer(clean(generation.text))  # read again with the next message, without the stop string
         session.report(generation, message)
         turn += 1
     session.save(_read_on(session, snapshot, said))
@@ -62,11 +65,13 @@ def _ask(interactive: bool) -> str | None:
         return None
 
 
-def _answer(session: Session, start: Snapshot | None, prompt: str, seed: int) -> Generation:
+def _answer(session: Session, start: Snapshot | None, prompt: str, seed: int, opening: str) -> Generation:
     request = session.request(prompt, seed)
     request = replace(request, start=start, stop=(*request.stop, STOP), keep=True)
     generation = session.engine.submit(request)
-    silent, begun = session.options["as_json"], False
+    silent, begun = session.options["as_json"], bool(opening)
+    if not silent:
+        click.echo(opening, nl=False)
     try:
         for piece in session.engine.stream(generation):
             shown = piece if begun else piece.lstrip()

@@ -1,0 +1,34 @@
+"""Matrix products in the form that the processor at hand does best.
+
+F.linear has oneDNN copy bfloat16 weights into another layout for each product. As the left operand they are read as
+they lie: 1.2 to 1.65 times as fast for up to a hundred rows, at one row by `mv` 1.3 to 1.9 times. float32 and float16
+gain nothing. Annotations here are real types, not strings: torch.jit.script reads them.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """F.linear without a bias: x [..., C], weight [D, C] -> [..., D]."""
+    C = weight.shape[1]
+    if x.dtype != torch.bfloat16 or not x.is_cpu or x.numel() > 64 * C:
+        return F.linear(x, weight)
+    if x.numel() == C:
+        return torch.mv(weight, x.reshape(C)).view(x.shape[:-1] + weight.shape[:1])
+    return torch.mm(weight, x.reshape(-1, C).t()).t().contiguous().view(x.shape[:-1] + weight.shape[:1])
+
+
+def linears(x: Tensor, weight: Tensor) -> Tensor:
+    """Several products at once, which oneDNN starts once: x [n, M, C], weight [n, D, C] -> [n, M, D]."""
+    if x.dtype == torch.bfloat16 and x.is_cpu and x.shape[1] <= 64:
+        return torch.bmm(weight, x.transpose(1, 2)).transpose(1, 2).contiguous()
+    return torch.bmm(x, weight.transpose(1, 2))
+
+
+def times(weight: Tensor, x: Tensor) -> Tensor:
+    """weight [D, C], x [C, M] -> [D, M]: for chains of products, which need not be turned round after each."""
+    if x.dtype == torch.bfloat16 and x.is_cpu and x.shape[1] == 1:
+        return torch.mv(weight, x.reshape(-1)).unsqueeze(1)
+    return torch.mm(weight, x)
