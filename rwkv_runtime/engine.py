@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from rwkv_runtime.backend import Backend, Tick
 from rwkv_runtime.controls import Controls
-from rwkv_runtime.errors import BackendError, OptionError, RwkvError
+from rwkv_runtime.errors import BackendError, OptionError, PluginError, RwkvError
 from rwkv_runtime.generation import Finish, Generation, Request
 from rwkv_runtime.model import Model
 from rwkv_runtime.observation import observe
@@ -22,6 +23,7 @@ from rwkv_runtime.tokenizer import Tokenizer
 
 CHUNK = 512
 """Most tokens of a prompt read in one step; other requests wait for no more than this."""
+logger = logging.getLogger("rwkv_runtime")
 
 
 class Engine:
@@ -66,8 +68,11 @@ class Engine:
     def check(self, request: Request) -> Generation:
         """The request made ready. Raises OptionError for a setting or a parameter that is not valid, StateError for
         a state of another model."""
-        if request.max_tokens < 1:
-            raise OptionError(f"max_tokens is a whole number from 1, not {request.max_tokens}")
+        for name, value, low in (("max_tokens", request.max_tokens, 1), ("logprobs", request.observe, 0)):
+            if type(value) is not int or value < low:
+                raise OptionError(f"{name} is a whole number from {low}, not {value!r}")
+        if type(request.seed) is not int:
+            raise OptionError(f"seed is a whole number, not {request.seed!r}")
         generation = Generation(request, check_params(self.sampler, request.params), self.tokenizer)
         bad = [t for t in generation.feed if not 0 <= t < self.model.config.vocab_size]
         if bad:
@@ -163,10 +168,16 @@ class Engine:
 
     def _decode(self) -> None:
         size = min(s for s in self._ticks if s >= len(self.active))
-        if any(generation.request.observe for generation in self.active):
-            self._observed_tick(size)
-        else:
-            self._ticks[size]()
+        try:
+            if any(generation.request.observe for generation in self.active):
+                self._observed_tick(size)
+            else:
+                self._ticks[size]()
+        except RwkvError:
+            raise
+        except Exception as error:  # a stranger's sampler may raise anything
+            names = f"sampler {self.sampler.name}, backend {self.backend.name}"
+            raise PluginError(f"a step failed ({names}): {type(error).__name__}: {error}") from error
         drawn = self.drawn[: len(self.active)].tolist()  # the one transfer of a step
         for row in reversed(range(len(drawn))):
             self.active[row].position += 1
@@ -199,9 +210,18 @@ class Engine:
 
         state, controls = self.state.view(0, size), self.controls.view(0, size)
         buffers = [*state.tensors.values(), self.logits[:size]]
+        problem = None
         if self.sampler.runs == "graph":
-            return self.backend.freeze(both, [*buffers, self.tokens[:size], self.drawn[:size], *controls.buffers()])
+            try:
+                return self.backend.freeze(both, [*buffers, self.tokens[:size], self.drawn[:size], *controls.buffers()])
+            except Exception as error:  # the sampler's fault, if the forward pass alone can be frozen
+                problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
         frozen = self.backend.freeze(think, buffers)
+        if problem:
+            logger.warning(
+                f"sampler {self.sampler.name} cannot be part of backend {self.backend.name}'s graph ({problem}); "
+                "it runs beside it"
+            )
 
         def apart() -> None:
             frozen()

@@ -59,7 +59,7 @@ def save_snapshot(snapshot: Snapshot, path: str | os.PathLike[str]) -> None:
 def load_snapshot(path: str | os.PathLike[str], model: Model) -> Snapshot:
     """Reads what `save_snapshot` wrote, onto the model's device and into its types.
 
-    Raises StateError where the file is missing or damaged, or is another model's.
+    Raises StateError where the file is missing or damaged, or of another architecture or size.
     """
     path = Path(path)
     if path.is_dir():

@@ -126,7 +126,7 @@ def test_a_missing_compiler_is_noticed_before_it_hurts(model: Model, monkeypatch
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     for asked in (model, None):
-        assert Compile().why_not(asked) .startswith("no C++ compiler found: there is no ")
+        assert Compile().why_not(asked).startswith("no C++ compiler found: there is no ")
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "no C++ compiler" in str(Compile().why_not(model))
     assert (Eager().why_not(model), Script().why_not(model)) == (None, None)

@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 
 from rwkv_runtime import Plugins, Tokenizer
 from rwkv_runtime.cli import command
+from rwkv_runtime.runtime import load
+from rwkv_runtime.snapshot import load_snapshot
 
 LENGTH = ["--max-tokens", "12", "--seed", "7"]
 
@@ -64,7 +66,7 @@ def test_text_goes_to_stdout_and_figures_to_stderr(rwkv_run) -> None:
     result = rwkv_run("Once", *LENGTH)
     assert text_of(result).startswith("Once")
     assert "tokens" not in result.stdout
-    for figure in ("prompt 3 tokens", "wrote 12 tokens", "without sampling", "first token", "MB", "seed 7", "length"):
+    for figure in ("prompt 4 tokens", "wrote 12 tokens", "without sampling", "first token", "MB", "seed 7", "length"):
         assert figure in result.stderr
     assert rwkv_run("Once", *LENGTH, "--quiet").stderr == ""
 
@@ -81,7 +83,7 @@ def test_the_same_seed_writes_the_same_text_and_trials_count_seeds_up(rwkv_run) 
     three = [json.loads(line) for line in text_of(rwkv_run("Once", "--trials", "3", "--json", *LENGTH)).splitlines()]
     assert [t["seed"] for t in three] == [7, 8, 9]
     assert len({t["text"] for t in three}) == 3
-    assert [t["figures"]["prompt_tokens"] for t in three] == [3, 0, 0]  # read once, not three times
+    assert [t["figures"]["prompt_tokens"] for t in three] == [4, 0, 0]  # read once, not three times
     alone = json.loads(text_of(rwkv_run("Once", "--json", "--max-tokens", "12", "--seed", "8")))
     assert alone["text"] == three[1]["text"]
 
@@ -252,7 +254,11 @@ def test_ctrl_c_ends_cleanly_and_keeps_what_was_written(checkpoint: Path, tmp_pa
     assert rest.endswith(b"\n")
     assert b"ended by cancelled" in errors
     assert b"Traceback" not in errors
-    assert state.exists()
+    model = load(checkpoint, backend="eager")
+    saved = load_snapshot(state, model.model)
+    _, expected = model.forward(saved.recent)  # the state has read whole tokens, each of them once
+    assert len(saved.recent) == saved.position
+    assert torch.allclose(saved.state["att_kv"], expected["att_kv"], atol=1e-3)
 
 
 def test_threads_are_set_when_asked(rwkv_run) -> None:

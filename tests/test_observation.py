@@ -85,4 +85,4 @@ def test_the_command_line_gives_log_probabilities_and_explains_every_step() -> N
     steps = CliRunner().invoke(command, [*story, "--explain", "--json", "--logprobs", "2"]).stdout.splitlines()
     assert [json.loads(line)["token"] for line in steps[:3]] == [entry["token"] for entry in record["logprobs"]]
     wrong = CliRunner().invoke(command, [*story, "--logprobs", "2"])
-    assert (wrong.exit_code, wrong.stderr) == (2, "Error: --logprobs goes with --json or --explain\n")
+    assert (wrong.exit_code, wrong.stderr) == (2, "Error: --logprobs goes with --json, --explain or --prompts\n")

@@ -11,8 +11,9 @@ from typing import Any
 import click
 
 from rwkv_runtime import __version__
+from rwkv_runtime.cli.command import OneLineCommand
 from rwkv_runtime.cli.formats import FORMATS
-from rwkv_runtime.cli.options import CountType, PairType, StopType, read_config
+from rwkv_runtime.cli.options import CountType, PairType, StopType, read_config, sampler_params
 
 EPILOG = """\b
 Examples:
@@ -27,6 +28,7 @@ line wins over the environment, the environment over the file."""
 
 
 @click.command(
+    cls=OneLineCommand,
     epilog=EPILOG,
     context_settings={
         "auto_envvar_prefix": "RWKV_RUN",
@@ -35,7 +37,7 @@ line wins over the environment, the environment over the file."""
     },
 )
 @click.argument("prompt", required=False)
-@click.option("--file", "prompt_file", type=click.File("r", encoding="utf-8"), help="Read the prompt from a file.")
+@click.option("--file", type=click.Path(), help="Read the prompt from a file.")
 @click.option("-m", "--model", type=click.Path(), help="Checkpoint, .pth or .safetensors.  [default: the story model]")
 @click.option("--vocab", type=click.Path(), help="Vocabulary file.  [default: MODEL.vocab.txt, else RWKV World's]")
 @click.option("--sha256", help="Refuse a checkpoint whose SHA-256 is another.")
@@ -43,7 +45,7 @@ line wins over the environment, the environment over the file."""
 @click.option("-s", "--sampler", default="nucleus", show_default=True, help="How to choose tokens: a name, or a,b,c.")
 @click.option("--device", help="cpu, cuda or cuda:N.  [default: cuda where there is one]")
 @click.option("--dtype", help="float32, bfloat16 or float16.  [default: the file's own]")
-@click.option("--threads", type=CountType(1), help="CPU threads.  [default: torch's own choice]")
+@click.option("--threads", type=CountType(1, 1024), help="CPU threads.  [default: torch's own choice]")
 @click.option("-n", "--max-tokens", type=CountType(1), default=512, show_default=True, help="Most tokens to write.")
 @click.option("--seconds", type=click.FloatRange(min=0, min_open=True), help="Most seconds to write for.")
 @click.option("--trials", type=CountType(1), default=1, show_default=True, help="Texts to write from the one prompt.")
@@ -58,10 +60,12 @@ line wins over the environment, the environment over the file."""
 @click.option("--chat-format", type=click.Choice([*FORMATS]), default="world", show_default=True, help="Of --chat.")
 @click.option("--prompts", type=click.Path(), help="Write from every line of a JSONL file; needs --output.")
 @click.option("--output", type=click.Path(), help="Where --prompts writes; an interrupted run is taken up again.")
-@click.option("--rows", type=CountType(1), default=8, show_default=True, help="Prompts written at once by --prompts.")
+@click.option(
+    "--rows", type=CountType(1, 4096), default=8, show_default=True, help="Prompts that --prompts writes at once."
+)
 @click.option("--load-state", type=click.Path(), help="Go on from a state saved before.")
 @click.option("--save-state", type=click.Path(), help="Save the state after the text, to go on from it.")
-@click.option("--json", "as_json", is_flag=True, help="Write JSON lines instead of text.")
+@click.option("--json", "as_json", is_flag=True, envvar="RWKV_RUN_JSON", help="Write JSON lines instead of text.")
 @click.option("--logprobs", type=CountType(1), help="With --json: log-probabilities of N candidates at each token.")
 @click.option("--explain", is_flag=True, help="Show at each step the candidates, stage by stage, and the one drawn.")
 @click.option("-q", "--quiet", is_flag=True, help="No figures on stderr.")
@@ -70,18 +74,19 @@ line wins over the environment, the environment over the file."""
 @click.option("--backends", "table", flag_value="backends", help="Show the backends, usable or why not, and leave.")
 @click.option("--samplers", "table", flag_value="samplers", help="Show the samplers with their options, and leave.")
 @click.version_option(__version__, prog_name="rwkv-run")
-def command(**options: Any) -> None:
+@click.pass_context
+def command(ctx: click.Context, /, **options: Any) -> None:
     """Write text with an RWKV language model.
 
     The prompt is the argument, or --file, or standard input.
     """
     from rwkv_runtime.cli.run import run  # torch and plugins are loaded here
 
-    run(options)
+    run(options | {"params": sampler_params(ctx)})
 
 
 def main() -> None:
-    """Entry point of `rwkv-run`: errors are one line on stderr, exit status 1 (2 for wrong usage, 130 for Ctrl-C)."""
+    """Entry point of `rwkv-run`."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"

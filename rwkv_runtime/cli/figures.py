@@ -34,7 +34,7 @@ class Figures:
         steps = count + (generation.error is not None)
         thinking = writing - steps * engine.sampling_seconds() if count else 0.0
         return cls(
-            prompt_tokens=generation.read,
+            prompt_tokens=len(generation.feed) if generation.request.prompt or not generation.request.start else 0,
             prompt_rate=generation.read / reading if generation.read and reading > 0 else None,
             tokens=count,
             rate=count / writing if count and writing > 0 else None,
@@ -50,7 +50,10 @@ class Figures:
 
     def line(self) -> str:
         """One line for a person."""
-        parts = [f"prompt {self.prompt_tokens} tokens" + (f", {self.prompt_rate:.0f}/s" if self.prompt_rate else "")]
+        parts = ["prompt read before"]
+        if self.prompt_tokens:
+            rate = f", {self.prompt_rate:.0f}/s" if self.prompt_rate else ""
+            parts = [f"prompt {self.prompt_tokens} token{'s' * (self.prompt_tokens != 1)}{rate}"]
         written = f"wrote {self.tokens} tokens"
         if self.rate:
             written += f", {self.rate:.1f}/s"

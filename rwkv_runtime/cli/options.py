@@ -1,27 +1,35 @@
-"""Types of options, and the file of options."""
+"""Types of options, the file of options, and which of several places a sampler's parameter comes from."""
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
+from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 if TYPE_CHECKING:
     Text = click.ParamType[str]
 else:  # older versions of Click are not generic
     Text = click.ParamType
 
-ESCAPES = {"\\n": "\n", "\\t": "\t", "\\\\": "\\"}
+SHORT = ("temperature", "top_p", "top_k")
+"""Parameters of samplers that have an option of their own."""
+PLACES = (ParameterSource.DEFAULT_MAP, ParameterSource.ENVIRONMENT, ParameterSource.COMMANDLINE)
+"""The file of options, the environment, the command line: each wins over those before it."""
+OPTION_VARIABLE = "RWKV_RUN_OPTION"
 
 
 class CountType(click.IntRange):
-    """A whole number with a lower bound."""
+    """A whole number within bounds."""
 
-    def __init__(self, low: int) -> None:
-        super().__init__(min=low)
+    def __init__(self, low: int, high: int | None = None) -> None:
+        super().__init__(min=low, max=high)
 
 
 class StopType(Text):
@@ -47,12 +55,42 @@ class PairType(Text):
         return str(value)
 
 
+def sampler_params(ctx: click.Context) -> dict[str, object]:
+    """Parameters for the sampler from `-o` and the short options; of one place, the short option wins."""
+    params: dict[str, object] = {}
+    for place in PLACES:
+        params |= _pairs(_options_of(ctx, place))
+        for name in SHORT:
+            if ctx.get_parameter_source(name) == place:
+                params[name] = ctx.params[name]
+    return params
+
+
+def _options_of(ctx: click.Context, place: ParameterSource) -> Iterable[tuple[str, str]]:
+    """The `-o` pairs of one place; Click itself keeps those of the last place alone."""
+    given: Iterable[tuple[str, str]] = ()
+    if place == ParameterSource.DEFAULT_MAP:
+        given = (ctx.default_map or {}).get("option", ())
+    elif place == ParameterSource.ENVIRONMENT:
+        words = shlex.split(os.environ.get(OPTION_VARIABLE, ""))
+        if len(words) % 2:
+            raise click.BadParameter(f"{OPTION_VARIABLE} holds pairs of words, KEY VALUE; it has {len(words)} words")
+        given = zip(words[::2], words[1::2], strict=True)
+    elif ctx.get_parameter_source("option") == place:
+        given = ctx.params["option"]
+    return given
+
+
+def _pairs(options: Iterable[tuple[str, str]]) -> dict[str, object]:
+    return {name.replace("-", "_"): value for name, value in options}
+
+
 def read_config(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    """Makes the options of a TOML file the defaults of the command. An unknown name is refused."""
+    """Makes the options of a TOML file the defaults of the command. An unknown name or a wrong type is refused."""
     if value is None:
         return None
-    known = {p.name: p for p in ctx.command.params if isinstance(p, click.Option) and p.name != "config"}
-    spelt = {long_name(p): p.name for p in known.values()}
+    known = [p for p in ctx.command.params if isinstance(p, click.Option)]
+    spelt = {long_name(p): p for p in known if p.name not in ("config", "table", "version", "help")}
     defaults: dict[str, Any] = {}
     for key, setting in _parse_toml(value).items():
         name = key.replace("_", "-")
@@ -60,15 +98,35 @@ def read_config(ctx: click.Context, param: click.Parameter, value: str | None) -
             near = get_close_matches(name, spelt, n=1)
             hint = f"did you mean {near[0]}?" if near else "see rwkv-run --help"
             raise click.BadParameter(f"{value}: there is no option {key!r}; {hint}", ctx, param)
-        if name == "option" and isinstance(setting, dict):
+        option = spelt[name]
+        problem = _wrong_type(option, setting)
+        if problem:
+            raise click.BadParameter(f"{value}: {key} is {problem}", ctx, param)
+        if name == "option":
             setting = [(k, str(v)) for k, v in setting.items()]
-        elif name == "stop" and isinstance(setting, str):
+        elif option.multiple and isinstance(setting, str):
             setting = [setting]
-        elif isinstance(setting, dict | list) and name not in ("option", "stop"):
-            raise click.BadParameter(f"{value}: {key} takes one value", ctx, param)
-        defaults[str(spelt[name])] = setting
+        defaults[str(option.name)] = setting
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
     return value
+
+
+def _wrong_type(option: click.Option, setting: Any) -> str | None:
+    """What the option takes, where the setting is of another type."""
+    if option.name == "option":
+        return None if isinstance(setting, dict) else "a table of names and values"
+    if option.multiple:
+        texts = [setting] if isinstance(setting, str) else setting
+        return (
+            None if isinstance(texts, list) and all(isinstance(t, str) for t in texts) else "a text or a list of texts"
+        )
+    if option.is_flag:
+        return None if isinstance(setting, bool) else "true or false"
+    if isinstance(option.type, click.types.IntParamType):
+        return None if type(setting) is int else "a whole number"
+    if isinstance(option.type, click.types.FloatParamType):
+        return None if type(setting) in (int, float) else "a number"
+    return None if isinstance(setting, str) else "a text"
 
 
 def long_name(option: click.Option) -> str:

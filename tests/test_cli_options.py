@@ -1,0 +1,155 @@
+"""Where options come from, and what is refused before a model is loaded."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from rwkv_runtime.cli import command
+from rwkv_runtime.cli.checks import read_prompt
+from rwkv_runtime.errors import OptionError
+
+MISSING = ["--model", "missing.pth"]
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> dict:
+    """The options a command line comes to; nothing is run."""
+    options: dict = {}
+    monkeypatch.setattr("rwkv_runtime.cli.run.run", options.update)
+    for name in [n for n in os.environ if n.startswith("RWKV_")]:
+        monkeypatch.delenv(name)
+    return options
+
+
+def invoke(*args: str, **env: str) -> Result:
+    return CliRunner().invoke(command, [*args], env={f"RWKV_RUN_{name}": value for name, value in env.items()})
+
+
+EXAMPLES = {click.Path: "some file", click.IntRange: "3", click.FloatRange: "2.5"}
+
+
+@pytest.mark.parametrize("option", [p for p in command.params if isinstance(p, click.Option)], ids=lambda p: p.opts[-1])
+def test_every_option_can_come_from_its_variable(option: click.Option, seen: dict) -> None:
+    if option.name in ("version", "help", "config", "table", "option"):
+        pytest.skip("leaves at once, or has a test of its own")
+    variable = next(o for o in option.opts if o.startswith("--"))[2:].replace("-", "_").upper()
+    kind = "1" if option.is_flag else "world" if isinstance(option.type, click.Choice) else None
+    value = kind or EXAMPLES.get(type(option.type), "3" if option.type is click.INT or option.name != "stop" else "a b")
+    default = command.make_context("rwkv-run", []).params[option.name]
+    value = "0" if option.name == "echo" else value
+    assert invoke(**{variable: value}).exit_code == 0
+    assert seen[option.name] != default or option.name == "chat_format"
+
+
+def test_parameters_from_the_variable_may_hold_spaces_and_come_in_pairs(seen: dict) -> None:
+    assert invoke(OPTION="top_p 0.5 json_schema 'my schema.json'").exit_code == 0
+    assert seen["params"] == {"top_p": "0.5", "json_schema": "my schema.json"}
+    result = invoke(OPTION="top_p 0.5 bogus")
+    assert (result.exit_code, "pairs of words" in result.stderr) == (2, True)
+
+
+def test_each_parameter_of_the_sampler_comes_from_the_nearest_place(seen: dict, tmp_path: Path) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text("temperature = 0.5\n[option]\ntop_p = 0.1\ntop_k = 7\n", encoding="utf-8")
+    args = ["--config", str(config), "-o", "temperature", "2"]
+    assert invoke(*args, TOP_P="0.3").exit_code == 0
+    assert seen["params"] == {"temperature": "2", "top_p": 0.3, "top_k": "7"}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("samplers = true", "there is no option 'samplers'"),
+        ("model = 5", "model is a text"),
+        ("output = true", "output is a text"),
+        ("seed = 1.7", "seed is a whole number"),
+        ("chat = 3", "chat is true or false"),
+        ("stop = [1]", "stop is a text or a list of texts"),
+        ("temperature = '1'", "temperature is a number"),
+        ("option = 3", "option is a table of names and values"),
+        ("not toml", "not TOML"),
+    ],
+)
+def test_a_setting_of_the_wrong_type_in_the_file_is_refused_in_one_line(line, message, seen, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(line, encoding="utf-8")
+    result = invoke("--config", str(tmp_path / "run.toml"))
+    assert (result.exit_code, message in result.stderr) == (2, True)
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--threads", "0"], "'--threads'"),
+        (["--stop", ""], "a stop string cannot be empty"),
+        (["--nonsense"], "No such option"),
+        (["--file", "missing.txt"], "--file missing.txt: no such file"),
+        (["--load-state", "missing.state"], "--load-state missing.state: no such file"),
+        (["--vocab", "."], "--vocab .: a directory"),
+        (["--save-state", "missing/x.state"], "its folder is missing"),
+        (["--save-state", "."], "not a file that could be replaced"),
+        (["--sha256", "zz"], "64 hexadecimal digits"),
+        (["--chat", "--trials", "2"], "--chat takes no --trials"),
+        (["--logprobs", "2"], "--logprobs goes with"),
+    ],
+)
+def test_what_cannot_be_right_is_one_line_before_the_model_is_looked_for(args: list[str], message: str) -> None:
+    result = invoke(*args, *MISSING)
+    assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_the_last_line_end_of_a_file_and_a_byte_order_mark_are_not_part_of_the_prompt(tmp_path: Path) -> None:
+    def read(content: bytes) -> str:
+        (tmp_path / "prompt.txt").write_bytes(content)
+        return read_prompt({"prompt": None, "file": str(tmp_path / "prompt.txt")})
+
+    assert read(b"Once upon a time\n") == read(b"Once upon a time\r\n") == read(b"Once upon a time")
+    assert read(b"\xef\xbb\xbfOnce\n\n") == "Once\n"
+    with pytest.raises(OptionError, match=r"not UTF-8 \(byte 2\)"):
+        read(b"h\xff")
+
+
+def test_a_dash_reads_standard_input_and_a_closed_one_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    stdin = SimpleNamespace(buffer=SimpleNamespace(read=lambda: b"piped\n"), isatty=lambda: True)
+    monkeypatch.setattr("sys.stdin", stdin)
+    assert read_prompt({"prompt": "-", "file": None}) == "piped"
+    assert read_prompt({"prompt": None, "file": None}) == ""
+    monkeypatch.setattr("sys.stdin", None)
+    assert read_prompt({"prompt": None, "file": None}) == ""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+@pytest.mark.parametrize("after", [0.3, 0.9])
+def test_ctrl_c_while_the_model_is_loaded_ends_quietly(after: float) -> None:
+    code = "from rwkv_runtime.cli import main; main()"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    time.sleep(after)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    if process.returncode == -signal.SIGINT:
+        pytest.skip("Python itself had not started yet")
+    assert process.returncode == 130
+    assert b"Traceback" not in errors
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="closes a pipe")
+def test_a_reader_that_leaves_is_no_error() -> None:
+    code = "from rwkv_runtime.cli import main; main()"
+    process = subprocess.Popen([sys.executable, "-c", code, "-q"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.read(5)
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == b""
+    assert process.wait(timeout=60) in (1, 120)
