@@ -49,7 +49,8 @@ class Engine:
         self._scratch = model.new_state(1)
         try:
             self.forward = backend.forward(model)
-            self._ticks = {size: self._build_tick(size) for size in _sizes(rows)}
+            with torch.inference_mode():
+                self._ticks = {size: self._build_tick(size) for size in _sizes(rows)}
         except RwkvError:
             raise
         except Exception as error:  # whatever a backend's compiler raises is that backend's failure
@@ -81,6 +82,7 @@ class Engine:
             self.state.check(request.start.state)
         return generation
 
+    @torch.inference_mode()  # a tenth of a small model's step is autograd's bookkeeping
     def step(self) -> None:
         """One chunk of one prompt, if any waits, then one token for every active row."""
         if self.prefilling is None and self.waiting and len(self.active) < self.rows:

@@ -62,6 +62,14 @@ def apart(ours: Tensor, theirs: Tensor) -> float:
     return ((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max()).item()
 
 
+def off(ours: Tensor, theirs: Tensor) -> float:
+    """The norm of the difference, relative to the norm of the second: one stray rounding does not decide it."""
+    assert ours.shape == theirs.shape
+    return (
+        torch.linalg.vector_norm(ours.double() - theirs.double()) / torch.linalg.vector_norm(theirs.double())
+    ).item()
+
+
 def tokens_of(count: int, seed: int = 0) -> list[int]:
     """Random tokens of the byte vocabulary."""
     return torch.randint(1, 257, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
