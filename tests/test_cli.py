@@ -158,69 +158,6 @@ def test_a_saved_state_goes_on_where_the_text_ended(rwkv_run, tmp_path: Path) ->
     assert first + rest == whole
 
 
-def test_chat_answers_turn_by_turn_and_remembers(rwkv_run) -> None:
-    lines = text_of(rwkv_run("--chat", "--json", *LENGTH, input="hello\n\nhow are you?\n")).splitlines()
-    first, second = (json.loads(line) for line in lines)
-    assert (first["prompt"], second["prompt"]) == ("hello", "how are you?")
-    assert first["figures"]["prompt_tokens"] == len("User: hello\n\nAssistant:") - 1
-    fresh = text_of(rwkv_run("--chat", "--json", "--max-tokens", "12", "--seed", "8", input="how are you?\n"))
-    assert json.loads(fresh)["text"] != second["text"]
-    reset = text_of(rwkv_run("--chat", "--json", *LENGTH, input="hello\n/reset\nhow are you?\n")).splitlines()
-    assert json.loads(reset[1])["text"] == json.loads(fresh)["text"]
-
-
-@pytest.fixture
-def prompts(tmp_path: Path) -> Path:
-    path = tmp_path / "in.jsonl"
-    lines = ['"Hello"', '{"prompt": "Once", "id": "a", "max_tokens": 5}', "not json", "", '{"prompt": 3}']
-    lines += ['{"prompt": "x", "foo": 1}', '{"prompt": "Tom", "seed": 3, "temperature": 0.5, "stop": ["q"]}']
-    path.write_text("\n".join(lines), encoding="utf-8")
-    return path
-
-
-def records(path: Path) -> dict[int, dict]:
-    return {r["line"]: r for r in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
-
-
-def test_a_batch_writes_a_record_for_every_line_and_a_bad_line_costs_only_itself(rwkv_run, prompts: Path) -> None:
-    output = prompts.with_name("out.jsonl")
-    result = rwkv_run("--prompts", str(prompts), "--output", str(output), *LENGTH)
-    assert result.exit_code == 1
-    assert "3 of 6 lines failed" in result.stderr
-    found = records(output)
-    assert sorted(found) == [1, 2, 3, 5, 6, 7]
-    assert found[2]["id"] == "a"
-    assert found[2]["tokens"] == 5
-    assert "not JSON" in found[3]["error"]
-    assert "sampler nucleus has no parameter 'foo'" in found[6]["error"]
-    alone = json.loads(text_of(rwkv_run("Hello", "--json", *LENGTH)))
-    assert found[1]["text"] == alone["text"]
-
-
-def test_an_interrupted_batch_is_taken_up_where_it_stopped(rwkv_run, prompts: Path) -> None:
-    output = prompts.with_name("out.jsonl")
-    again = ("--prompts", str(prompts), "--output", str(output), *LENGTH)
-    rwkv_run(*again)
-    whole = records(output)
-    lines = output.read_bytes().splitlines(keepends=True)
-    output.write_bytes(b"".join(lines[:3]) + lines[3][:20])  # killed in the middle of a record
-    rwkv_run(*again)
-    assert output.read_bytes().startswith(b"".join(lines[:3]))
-    assert records(output) == whole
-    assert len(output.read_bytes().splitlines()) == len(whole)
-
-
-def test_a_batch_refuses_the_output_of_another_input(rwkv_run, prompts: Path) -> None:
-    output = prompts.with_name("out.jsonl")
-    rwkv_run("--prompts", str(prompts), "--output", str(output), *LENGTH)
-    before = output.read_bytes()
-    prompts.write_text('"Another"\n', encoding="utf-8")
-    result = rwkv_run("--prompts", str(prompts), "--output", str(output))
-    assert result.exit_code == 2
-    assert "of another input" in result.stderr
-    assert output.read_bytes() == before
-
-
 @pytest.mark.parametrize("what", ["plugins", "backends", "samplers"])
 def test_tables_show_what_is_installed(rwkv_run, what: str) -> None:
     table = text_of(rwkv_run(f"--{what}", model=False))

@@ -5,20 +5,34 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import click
 from tqdm import tqdm
 
-from rwkv_runtime.cli.run import INTERRUPTED, Session, outcome
+from rwkv_runtime.cli.command import INTERRUPTED
+from rwkv_runtime.cli.explain import as_record
+from rwkv_runtime.cli.interrupts import deferred
+from rwkv_runtime.cli.run import Session, outcome
 from rwkv_runtime.errors import OptionError, RwkvError
 from rwkv_runtime.generation import Generation, Request
 
 FIELDS = ("prompt", "id", "max_tokens", "seed", "stop", "seconds")
 MAX_LINE = 16 << 20
+BEGINNING = b'{"line": '
+"""What every record begins with."""
+
+
+def check_files(options: Mapping[str, Any]) -> None:
+    """Raises OptionError where --prompts cannot be read or --output cannot be written; changes nothing."""
+    source, target = Path(options["prompts"]), Path(options["output"])
+    _check_source(source)
+    _check_target(target, source)
+    _earlier(target, source, _digests(source))
 
 
 def run_batch(session: Session) -> None:
@@ -27,63 +41,78 @@ def run_batch(session: Session) -> None:
     A line that cannot be used gets a record with `error` and costs only itself.
     """
     source, target = Path(session.options["prompts"]), Path(session.options["output"])
-    total = _count_lines(source)
-    done = _taken_up(target, source)
-    engine = session.engine
-    pending: dict[Generation, tuple[int, bytes, dict[str, Any]]] = {}
-    failed = 0
+    digests = _digests(source)
+    done, end = _earlier(target, source, digests)
+    lines = ((number, raw) for number, raw in _lines(source) if number not in done)
+    hidden = True if session.options["quiet"] else None  # None: hidden unless on a terminal
     with (
-        open(target, "a", encoding="utf-8") as output,
-        tqdm(
-            total=total, initial=len(done), unit="prompt", disable=None if not session.options["quiet"] else True
-        ) as bar,
+        deferred() as interrupted,
+        open(target, "ab") as output,
+        tqdm(total=len(digests), initial=len(done), unit="prompt", disable=hidden) as bar,
     ):
-
-        def put(number: int, raw: bytes, record: dict[str, Any]) -> None:
-            record = {"line": number, "of": _digest(raw), **record}
-            output.write(json.dumps(record, ensure_ascii=False) + "\n")
-            output.flush()
-            bar.update()
-
-        lines = ((n, raw) for n, raw in _lines(source) if n not in done)
-        try:
-            while True:
-                while len(pending) < 2 * engine.rows and (line := next(lines, None)) is not None:
-                    try:
-                        request, extra = _request(session, *line)
-                        pending[engine.submit(request)] = (*line, extra)
-                    except RwkvError as error:
-                        failed += 1
-                        put(*line, {"error": str(error)})
-                if not pending:
-                    break
-                engine.step()
-                for generation in [g for g in pending if g.finish is not None]:
-                    number, raw, extra = pending.pop(generation)
-                    failed += generation.error is not None
-                    put(number, raw, extra | outcome(generation))
-        except KeyboardInterrupt:
-            for generation in pending:
-                engine.cancel(generation)
-            click.echo(f"\ninterrupted; the same command takes up the rest of {source}", err=True)
-            raise click.exceptions.Exit(INTERRUPTED) from None
+        output.truncate(end)
+        batch = _Batch(session, output, bar)
+        finished = batch.run(lines, interrupted)
+    if not finished:
+        click.echo(f"\ninterrupted; the same command takes up the rest of {source}", err=True)
+        raise click.exceptions.Exit(INTERRUPTED)
+    failed = batch.failed + sum(done.values())
     if failed:
-        click.echo(f"{failed} of {total} lines failed; their records in {target} say why", err=True)
+        click.echo(f"{failed} of {len(digests)} lines failed; their records in {target} say why", err=True)
         raise click.exceptions.Exit(1)
+
+
+class _Batch:
+    """Lines on their way through the engine, and the file their records go to."""
+
+    def __init__(self, session: Session, output: IO[bytes], bar: tqdm[NoReturn]) -> None:
+        self.session, self.output, self.bar = session, output, bar
+        self.pending: dict[Generation, tuple[int, bytes, dict[str, Any]]] = {}
+        self.failed = 0
+
+    def run(self, lines: Iterator[tuple[int, bytes]], interrupted: Callable[[], bool]) -> bool:
+        """Takes a line or makes a step, in turn, until all is written; False where Ctrl-C came first."""
+        engine = self.session.engine
+        while not interrupted():
+            line = next(lines, None) if len(self.pending) < 2 * engine.rows else None
+            if line is not None:
+                self._take(*line)
+            elif self.pending:
+                engine.step()
+                self._write_finished()
+            else:
+                return True
+        for generation in self.pending:
+            engine.cancel(generation)
+        return False
+
+    def _take(self, number: int, raw: bytes) -> None:
+        try:
+            request, repeated = _request(self.session, number, raw)
+            self.pending[self.session.engine.submit(request)] = (number, raw, repeated)
+        except RwkvError as error:
+            self._put(number, raw, {"error": str(error)})
+
+    def _write_finished(self) -> None:
+        for generation in [g for g in self.pending if g.finish is not None]:
+            number, raw, repeated = self.pending.pop(generation)
+            record = repeated | outcome(generation)
+            if self.session.options["logprobs"]:
+                tokenizer = self.session.runtime.tokenizer
+                record["logprobs"] = [as_record(o, tokenizer) for o in generation.observations]
+            self._put(number, raw, record)
+
+    def _put(self, number: int, raw: bytes, record: dict[str, Any]) -> None:
+        self.failed += "error" in record
+        text = json.dumps({"line": number, "of": _digest(raw), **record}, ensure_ascii=False) + "\n"
+        self.output.write(text.encode("utf-8", "backslashreplace"))  # \ud800 is JSON's own way to write it
+        self.output.flush()
+        self.bar.update()
 
 
 def _request(session: Session, number: int, raw: bytes) -> tuple[Request, dict[str, Any]]:
     """The request of one line, and what its record repeats. Raises OptionError with what is wrong with the line."""
-    if len(raw) > MAX_LINE:
-        raise OptionError(f"the line is longer than {MAX_LINE} bytes")
-    try:
-        entry = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise OptionError(f"not JSON: {error}") from None
-    if isinstance(entry, str):
-        entry = {"prompt": entry}
-    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
-        raise OptionError('a line is a string or an object with "prompt"')
+    entry = _entry(raw)
     request = session.request(entry["prompt"], session.seed + number - 1)
     params = {name: value for name, value in entry.items() if name not in FIELDS}
     changes: dict[str, Any] = {"params": {**session.params, **params}}
@@ -93,65 +122,110 @@ def _request(session: Session, number: int, raw: bytes) -> tuple[Request, dict[s
                 raise OptionError(f"{name} is a whole number, not {entry[name]!r}")
             changes[name] = entry[name]
     if "seconds" in entry:
-        if not isinstance(entry["seconds"], int | float) or not entry["seconds"] > 0:
-            raise OptionError(f"seconds is a number above 0, not {entry['seconds']!r}")
-        changes["seconds"] = entry["seconds"]
+        seconds = entry["seconds"]
+        if type(seconds) not in (int, float) or seconds <= 0:
+            raise OptionError(f"seconds is a number above 0, not {seconds!r}")
+        changes["seconds"] = seconds
     if "stop" in entry:
         stops = [entry["stop"]] if isinstance(entry["stop"], str) else entry["stop"]
         if not isinstance(stops, list) or not all(isinstance(s, str) and s for s in stops):
             raise OptionError("stop is a string or a list of strings")
         changes["stop"] = tuple(stops)
-    repeated = {name: entry[name] for name in ("id", "prompt") if name in entry}
+    repeated: dict[str, Any] = {name: entry[name] for name in ("id", "prompt") if name in entry}
     return replace(request, **changes), repeated
+
+
+def _entry(raw: bytes) -> dict[str, Any]:
+    """One line as an object with a prompt, its names spelt with "_". Raises OptionError."""
+    if len(raw) > MAX_LINE:
+        raise OptionError(f"the line is longer than {MAX_LINE} bytes")
+    try:
+        entry = json.loads(raw.decode("utf-8-sig"), parse_constant=_refuse_constant)
+        json.dumps(entry, ensure_ascii=False, allow_nan=False).encode()  # its record repeats parts of it
+    except UnicodeEncodeError:
+        raise OptionError("half of a surrogate pair is no text") from None
+    except (ValueError, RecursionError) as error:
+        raise OptionError(f"not JSON: {error}") from None
+    if isinstance(entry, str):
+        return {"prompt": entry}
+    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+        raise OptionError('a line is a string or an object with "prompt"')
+    return {name.replace("-", "_"): value for name, value in entry.items()}
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number in JSON")
+
+
+def _check_source(source: Path) -> None:
+    try:
+        regular = stat.S_ISREG(source.stat().st_mode)
+    except OSError as error:
+        raise OptionError(f"--prompts {source}: {error.strerror}") from None
+    if not regular:
+        raise OptionError(f"{source} is no regular file; --prompts reads its file twice; write it to a file first")
+    if not os.access(source, os.R_OK):
+        raise OptionError(f"--prompts {source}: cannot be read")
+
+
+def _check_target(target: Path, source: Path) -> None:
+    try:
+        mode = target.stat().st_mode
+    except FileNotFoundError:
+        if not target.parent.is_dir():
+            raise OptionError(f"--output {target}: there is no folder {target.parent}") from None
+        if not os.access(target.parent, os.W_OK | os.X_OK):
+            raise OptionError(f"--output {target}: its folder cannot be written to") from None
+        return
+    except OSError as error:
+        raise OptionError(f"--output {target}: {error.strerror}") from None
+    if stat.S_ISDIR(mode):
+        raise OptionError(f"--output {target}: a directory, not a file")
+    if not stat.S_ISREG(mode):
+        raise OptionError(f"--output {target}: not a regular file")
+    if target.samefile(source):
+        raise OptionError(f"--output {target}: the file of --prompts; name another one")
+    if not os.access(target, os.R_OK | os.W_OK):
+        raise OptionError(f"--output {target}: cannot be read and written")
 
 
 def _lines(source: Path) -> Iterator[tuple[int, bytes]]:
     """Lines with their numbers from 1, blank ones left out."""
-    with _open(source) as file:
+    with open(source, "rb") as file:
         for number, raw in enumerate(file, start=1):
             if raw.strip():
                 yield number, raw.strip()
 
 
-def _open(source: Path) -> IO[bytes]:
-    try:
-        return open(source, "rb")
-    except OSError as error:
-        raise OptionError(f"--prompts {source}: {error.strerror}") from None
-
-
-def _count_lines(source: Path) -> int:
-    return sum(1 for _ in _lines(source))
+def _digests(source: Path) -> dict[int, str]:
+    """What tells each line from another in its place."""
+    return {number: _digest(raw) for number, raw in _lines(source)}
 
 
 def _digest(raw: bytes) -> str:
     return hashlib.sha256(raw).hexdigest()[:16]
 
 
-def _taken_up(target: Path, source: Path) -> set[int]:
-    """Numbers of the lines an earlier run has finished; a record it was writing when it was stopped is cut off.
+def _earlier(target: Path, source: Path, digests: Mapping[int, str]) -> tuple[dict[int, bool], int]:
+    """Lines an earlier run has finished, and whether each failed; and where its last whole record ends.
 
-    Raises OptionError where the output is of another input.
+    What follows there is a record it was writing when it was stopped. Raises OptionError for any other content.
     """
+    done: dict[int, bool] = {}
+    end = 0
     if not target.exists():
-        return set()
-    digests = {number: _digest(raw) for number, raw in _lines(source)}
-    done: set[int] = set()
-    with open(target, "r+b") as file:
-        end = 0
-        for raw in file:
-            if not raw.endswith(b"\n"):
+        return done, end
+    with open(target, "rb") as file:
+        for place, raw in enumerate(file, start=1):
+            if not raw.endswith(b"\n") and (raw.startswith(BEGINNING) or BEGINNING.startswith(raw)):
                 break
             try:
                 record = json.loads(raw)
-                number, digest = record["line"], record["of"]
-            except (ValueError, TypeError, KeyError):
-                raise OptionError(f"--output {target}: line {len(done) + 1} is not a record of rwkv-run") from None
-            if digests.get(number) != digest:
+                number, same = record["line"], digests.get(record["line"]) == record["of"]
+            except (ValueError, TypeError, KeyError, RecursionError):
+                raise OptionError(f"--output {target}: line {place} is not a record of rwkv-run") from None
+            if not same:
                 raise OptionError(f"--output {target}: its records are of another input than {source}; name a new file")
-            done.add(number)
+            done[number] = "error" in record
             end += len(raw)
-        file.seek(end)
-        file.truncate()
-        os.fsync(file.fileno())
-    return done
+    return done, end

@@ -1,0 +1,47 @@
+"""rwkv-run with a tiny model: in this process, or in one of its own that Ctrl-C can reach."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from click.testing import CliRunner, Result
+from helpers import byte_tokenizer
+from safetensors.torch import save_file
+
+from rwkv_runtime import Plugins
+from rwkv_runtime.cli import command
+
+CODE = "from rwkv_runtime.cli import main; main()"
+
+
+def save_tiny_model(folder: Path) -> Path:
+    """A tiny model with a vocabulary of bytes beside it."""
+    architecture = Plugins.load().architectures.get("rwkv6")
+    tensors = architecture.random(architecture.sizes(2, 64, 257, head_size=32), seed=3)
+    tensors["head.weight"][0] = tensors["head.weight"][1:].mean(0)  # end of text is never likely
+    save_file(tensors, folder / "tiny.safetensors")
+    byte_tokenizer().to_file(folder / "tiny.vocab.txt")
+    return folder / "tiny.safetensors"
+
+
+def rwkv_run(model: Path, *args: str, input: str | bytes = "") -> Result:
+    env = {name: None for name in os.environ if name.startswith("RWKV_")}
+    return CliRunner().invoke(command, [*args, "--model", str(model)], input=input, env=env)
+
+
+def started(model: Path, *args: str, **streams: Any) -> subprocess.Popen[bytes]:
+    """A process of its own, quick to write, whose standard streams are pipes unless told otherwise."""
+    options = ["--model", str(model), "--backend", "eager", "--threads", "1", *args]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RWKV_")}
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-u", "-c", CODE, *options],
+        env=env,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a job's may be ignored
+        **pipes | streams,
+    )
