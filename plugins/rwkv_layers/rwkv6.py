@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rwkv_layers import rwkv6_reference
+from rwkv_layers import parts, rwkv6_reference
 from rwkv_layers.linear import linear, linears, times
 from rwkv_layers.parts import Norm, shift
-from rwkv_layers.rwkv6_shapes import Shapes, expected_shapes, expected_state
+from rwkv_layers.rwkv6_shapes import expected_shapes
+from rwkv_layers.shapes import Shapes, count_layers, expected_state, why_not
 from rwkv_layers.wkv6 import wkv_chunked, wkv_step
 from rwkv_runtime import Architecture, CheckpointError, ModelConfig, Place, State, TensorSpec, hookimpl
 
@@ -103,23 +104,10 @@ class RWKV6(Architecture):
     ops = {"time_mixing": time_mixing, "channel_mixing": channel_mixing}
 
     def why_not(self, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-        def first(part: str) -> str | None:
-            return next((name for name in shapes if part in name), None)
-
-        for part, version in ((".att.r_k", "RWKV-7"), (".att.x_r", "RWKV-7")):
-            if found := first(part):
-                return f"it looks like {version}: it has {found}"
-        if first(".att.time_maa_"):
-            return None
-        if found := first(".att.time_mix_"):
-            return f"it looks like RWKV-{'5' if first('.att.ln_x') else '4'}: it has {found}"
-        return "it has no blocks.*.att.time_maa_* tensors"
+        return why_not(shapes, "RWKV-6", ".att.time_maa_*")
 
     def config(self, shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:
         shape = Shapes(shapes)
-        layers = 1
-        while any(name.startswith(f"blocks.{layers}.") for name in shapes):
-            layers += 1
         V, C = shape.get("emb.weight", 2)
         H, N = shape.get("blocks.0.att.time_faaaa", 2)
         ranks = {
@@ -127,7 +115,7 @@ class RWKV6(Architecture):
             "decay": shape.get("blocks.0.att.time_decay_w1", 2)[1],
         }
         width = shape.get("blocks.0.ffn.key.weight", 2)[0]
-        config = ModelConfig(layers, C, H, N, width, V, ranks)
+        config = ModelConfig(count_layers(shapes), C, H, N, width, V, ranks)
         if H * N != C:
             raise CheckpointError(f"tensor blocks.0.att.time_faaaa is {[H, N]}, which is not {C} in all")
         for name, expected in (expected_shapes(config) | expected_state(config, shapes)).items():
@@ -151,17 +139,10 @@ class RWKV6(Architecture):
         return Weights(emb, norm("blocks.0.ln0"), tuple(blocks), norm("ln_out"), head, rescaled)
 
     def state_spec(self, config: ModelConfig, dtype: torch.dtype) -> dict[str, TensorSpec]:
-        return {
-            "att_x_prev": TensorSpec((config.n_embd,), dtype),
-            "att_kv": TensorSpec((config.n_head, config.head_size, config.head_size), torch.float32),
-            "ffn_x_prev": TensorSpec((config.n_embd,), dtype),
-        }
+        return parts.state_spec(config, dtype)
 
     def initial_state(self, tensors: Mapping[str, Tensor], config: ModelConfig, place: Place) -> dict[str, Tensor]:
-        """The WKV state of a state-tuned file, which keeps it as [H, V, K]."""
-        shapes = expected_state(config, tensors)
-        layers = [place(name, tensors[name].reshape(shape), torch.float32) for name, shape in shapes.items()]
-        return {"att_kv": torch.stack(layers).transpose(2, 3).contiguous()} if layers else {}
+        return parts.initial_state(tensors, config, place)
 
     def forward(
         self,

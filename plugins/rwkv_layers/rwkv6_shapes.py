@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from rwkv_layers.shapes import Shapes as Shapes
-from rwkv_layers.shapes import expected_state as expected_state
 from rwkv_runtime import ModelConfig
 
 
