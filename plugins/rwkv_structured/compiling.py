@@ -93,11 +93,14 @@ def _translated(kind: str, text: str) -> str:
     make = llguidance().LLMatcher
     if kind == "json_schema":
         check_schema(text)
-        return str(make.grammar_from_json_schema(text, overrides=JSON_OPTIONS))
-    if kind == "grammar":
+    elif kind == "grammar":
         check_embedded(text)
-        return str(make.grammar_from_lark(text))
-    return str(make.grammar_from_regex(text))
+    try:
+        if kind == "json_schema":
+            return str(make.grammar_from_json_schema(text, overrides=JSON_OPTIONS))
+        return str(make.grammar_from_lark(text) if kind == "grammar" else make.grammar_from_regex(text))
+    except ValueError as error:  # its JSON parser takes less nesting than newer Pythons' do
+        raise OptionError(f"{kind}: {str(error)[:200]}") from None
 
 
 @functools.lru_cache(maxsize=64)  # the next request often brings the same text; refusals are not kept
