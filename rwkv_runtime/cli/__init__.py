@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from rwkv_runtime import __version__
-from rwkv_runtime.cli.command import OneLineCommand
+from rwkv_runtime.cli.command import OneLineCommand, nothing_to_lose
 from rwkv_runtime.cli.formats import FORMATS
 from rwkv_runtime.cli.options import CountType, PairType, StopType, read_config, sampler_params
 
@@ -80,7 +80,8 @@ def command(ctx: click.Context, /, **options: Any) -> None:
 
     The prompt is the argument, or --file, or standard input.
     """
-    from rwkv_runtime.cli.run import run  # torch and plugins are loaded here
+    with nothing_to_lose():
+        from rwkv_runtime.cli.run import run  # torch is loaded here
 
     run(options | {"params": sampler_params(ctx)})
 
