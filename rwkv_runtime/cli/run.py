@@ -86,6 +86,7 @@ class Session:
                 device=options["device"],
                 vocab=options["vocab"],
                 sha256=options["sha256"],
+                quant=options["quant"],
                 plugins=plugins,
                 progress=progress,
             )
