@@ -2,7 +2,7 @@
 
 Sizes, speed and bits per byte are those of the embedded model (or `--model`). Without `--corpus` the text is the short
 one beside this file, which was written for it and which no model was trained on; with it, the held-out documents of a
-folder that `training.prepare` would read.
+folder that `training.prepare` would read. With `--size 0.4b` the weights are random, and there is nothing to predict.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ from rwkv_layers.matrices import quantize
 from torch import Tensor
 
 import rwkv_runtime
+from benchmarks.checkpoints import SIZES, make_checkpoint
 from benchmarks.machine import describe
 from rwkv_runtime import Runtime
 
@@ -80,7 +83,8 @@ def compare_decoding(models: Sequence[Runtime]) -> list[float]:
 
 def compare_products(D: int, C: int, M: int) -> list[float]:
     """Seconds of one product of M rows with a bfloat16 [D, C]: dense; as `quantized` chooses; by torch's int8 kernel;
-    by widening the weights first. Large ones in turn, so that they do not lie in the cache."""
+    by widening the weights first; by torchao where it is installed. Large ones take turns, so that they do not lie in
+    the cache."""
     copies = max(1, min(8, 200_000_000 // (D * C)))
     dense = [torch.randn(D, C).bfloat16() for _ in range(copies)]
     values, steps = zip(*(quantize(weight.float()) for weight in dense), strict=True)
@@ -92,8 +96,21 @@ def compare_products(D: int, C: int, M: int) -> list[float]:
         lambda: torch._weight_int8pack_mm(x, values[next(turn) % copies], scale),
         lambda: F.linear(x, values[next(turn) % copies].bfloat16()) * scale,
     ]
+    if find_spec("torchao"):
+        layers = [torchao_linear(weight) for weight in dense]
+        runs.append(lambda: layers[next(turn) % copies](x))
     with torch.inference_mode():
         return side_by_side(runs, 0.002)
+
+
+def torchao_linear(weight: Tensor) -> torch.nn.Module:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+    layer.weight.data.copy_(weight)
+    holder = torch.nn.ModuleList([layer])
+    quantize_(holder, Int8WeightOnlyConfig())
+    return holder[0]
 
 
 def held_out(folder: Path, count: int) -> dict[str, list[str]]:
@@ -106,6 +123,7 @@ def held_out(folder: Path, count: int) -> dict[str, list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="What int8 weights save and cost.")
     parser.add_argument("--model", type=Path, help="a checkpoint; default: the embedded model")
+    parser.add_argument("--size", choices=SIZES, help="random bfloat16 weights of this size instead")
     parser.add_argument("--backends", nargs="*", default=["eager", "compile"])
     parser.add_argument("--corpus", type=Path, help="measure bits per byte on its held-out documents")
     parser.add_argument("--documents", type=int, default=100, help="of each source of the corpus")
@@ -113,27 +131,48 @@ def main() -> None:
     options = parser.parse_args()
     machine = describe(torch.device("cpu"))
     print(f"{machine['cpu_model']}, {machine['threads']} threads ({', '.join(machine['cpu_flags'])})")
-    models = [rwkv_runtime.load(options.model, backend="eager", quant=quant) for quant in (None, "int8")]
-    sizes = [weight_bytes(model.model.weights) for model in models]
-    table = models[0].model.weights.emb
-    kept = table.numel() * table.element_size()
-    print(f"weights: {sizes[0] / 1e6:.2f} MB {models[0].model.dtype}, {sizes[1] / 1e6:.2f} MB int8;", end=" ")
-    print(f"without the embedding {(sizes[0] - kept) / 1e6:.2f} and {(sizes[1] - kept) / 1e6:.2f} MB")
-    for backend in options.backends:
-        pair = [rwkv_runtime.load(options.model, backend=backend, quant=quant) for quant in (None, "int8")]
+    with tempfile.TemporaryDirectory() as folder:
+        path = options.model
+        if options.size:
+            rwkv6 = rwkv_runtime.Plugins.load().architectures.get("rwkv6")
+            path = make_checkpoint(rwkv6, options.size, "bfloat16", Path(folder)).pth
+        report_models(path, options.backends)
+        if not options.size:
+            report_text(
+                path, held_out(options.corpus, options.documents) if options.corpus else {SAMPLE.name: sample()}
+            )
+    if options.products:
+        report_products()
+
+
+def report_models(path: Path | None, backends: Sequence[str]) -> None:
+    for backend in backends:
+        pair = [rwkv_runtime.load(path, backend=backend, quant=quant) for quant in (None, "int8")]
         own, rounded = compare_decoding(pair)
-        print(f"decode, {pair[0].backend.name}: {own:.0f} and {rounded:.0f} tokens a second, {rounded / own:.2f}x")
-    texts = held_out(options.corpus, options.documents) if options.corpus else {SAMPLE.name: sample()}
+        print(f"decode, {pair[0].backend.name}: {own:.1f} and {rounded:.1f} tokens a second, {rounded / own:.2f}x")
+    pair = [rwkv_runtime.load(path, backend="eager", quant=quant) for quant in (None, "int8")]
+    whole = [weight_bytes(model.model.weights) / 1e6 for model in pair]
+    read = [size - weight_bytes(model.model.weights.emb) / 1e6 for size, model in zip(whole, pair, strict=True)]
+    print(f"weights: {whole[0]:.2f} MB {pair[0].model.dtype}, {whole[1]:.2f} MB int8", end="; ")
+    print(f"without the embedding {read[0]:.2f} and {read[1]:.2f} MB, {read[1] / read[0]:.2f}x")
+
+
+def report_text(path: Path | None, texts: Mapping[str, Sequence[str]]) -> None:
+    models = [rwkv_runtime.load(path, backend="eager", quant=quant) for quant in (None, "int8")]
     for source, documents in texts.items():
         own, rounded = (bits_per_byte(model, documents) for model in models)
         size = sum(len(document.encode()) for document in documents)
-        print(f"bits per byte, {source} ({size:,} bytes): {own:.4f} and {rounded:.4f}, {rounded - own:+.4f}")
-    if options.products:
-        print("microseconds of a product: dense bfloat16 | as chosen | torch's int8 kernel | widened first")
-        for D, C in SHAPES:
-            for M in ROWS:
-                times = compare_products(D, C, M)
-                print(f"{M:3d} x [{D}, {C}]  " + " | ".join(f"{seconds * 1e6:7.0f}" for seconds in times), flush=True)
+        print(
+            f"bits per byte, {source} ({size:,} bytes): {own:.4f} and {rounded:.4f}, {rounded - own:+.4f}", flush=True
+        )
+
+
+def report_products() -> None:
+    print("microseconds of a product: dense bfloat16 | as chosen | torch's int8 kernel | widened first [| torchao]")
+    for D, C in SHAPES:
+        for M in ROWS:
+            times = compare_products(D, C, M)
+            print(f"{M:3d} x [{D}, {C}]  " + " | ".join(f"{seconds * 1e6:7.0f}" for seconds in times), flush=True)
 
 
 if __name__ == "__main__":
