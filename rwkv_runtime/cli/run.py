@@ -88,6 +88,7 @@ class Session:
                 device=options["device"],
                 vocab=options["vocab"],
                 sha256=options["sha256"],
+                quant=options["quant"],
                 plugins=plugins,
                 progress=progress,
             )
