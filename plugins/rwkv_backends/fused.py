@@ -18,6 +18,8 @@ FAMILIES = {"rwkv6": "rwkv_backends.kernels.rwkv6"}
 """The module that has `forward(model, tuning)` for the architecture of a name."""
 HEAD_SIZES = (16, 32, 64, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+PREFILLS = (2, 17)
+"""Lengths of prompt that between them start every variant of the kernels."""
 CAPABILITY = (8, 0)
 """What the kernels need of a GPU: bfloat16."""
 
@@ -54,7 +56,11 @@ class Fused(Backend):
 
     def forward(self, model: Model) -> Forward:
         family: Callable[[Model, Tuning], Forward] = import_module(FAMILIES[model.architecture.name]).forward
-        return family(model, self.tuning)
+        forward = family(model, self.tuning)
+        if model.device.type == "cuda":
+            for length in PREFILLS:  # compiles now, so that a failure shows here; decode steps are compiled by `freeze`
+                forward(torch.zeros(1, length, dtype=torch.int64, device=model.device), model.new_state())
+        return forward
 
     def freeze(self, tick: Tick, buffers: Sequence[Tensor]) -> Tick:
         return self._graphs.capture(tick, buffers) if buffers[0].is_cuda else tick

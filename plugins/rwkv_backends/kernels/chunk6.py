@@ -17,7 +17,7 @@ from rwkv_backends.kernels.device import store, tanh
 from rwkv_backends.kernels.tuning import Tuning
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def decays_kernel(low_ptr, w_ptr, decay_ptr, out_ptr, M, D: tl.constexpr, C: tl.constexpr, RANK: tl.constexpr,
                   ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -33,29 +33,30 @@ def decays_kernel(low_ptr, w_ptr, decay_ptr, out_ptr, M, D: tl.constexpr, C: tl.
     tl.store(out_ptr + m[:, None] * C + cols[None, :], tl.exp(-tl.exp(raw)), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "T"])
 def within_kernel(kvrg_ptr, w_ptr, u_ptr, r_ptr, k_ptr, kept_ptr, out_ptr, M, T, H, N: tl.constexpr,
                   L: tl.constexpr):  # fmt: skip
     c, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     C = H * N
-    part = M.to(tl.int64) * C
     i = tl.arange(0, L)
     n = tl.arange(0, N)
-    start = (b * T + c * L) * C + h * N
+    start = b * T + c * L
     count = T - c * L  # tokens from the start of this chunk on
-    at = start + i[:, None] * C + n[None, :]
+    own = i[:, None] * C + h * N + n[None, :]
+    at = start * C + own
     mask = (i < count)[:, None] & (n < N)[None, :]
     k = tl.load(kvrg_ptr + at, mask=mask, other=0.0).to(tl.float32)  # [L, N]
-    v = tl.load(kvrg_ptr + part + at, mask=mask, other=0.0).to(tl.float32)
-    r = tl.load(kvrg_ptr + 2 * part + at, mask=mask, other=0.0).to(tl.float32)
+    v = tl.load(kvrg_ptr + (M + start) * C + own, mask=mask, other=0.0).to(tl.float32)
+    r_from = kvrg_ptr + (2 * M + start) * C + h * N + n
+    r = tl.load(kvrg_ptr + (2 * M + start) * C + own, mask=mask, other=0.0).to(tl.float32)
     bonus = tl.sum(r * tl.load(u_ptr + h * N + n)[None, :] * k, 1)
     scores = tl.where(i[:, None] == i[None, :], bonus[:, None], 0.0)  # [of token, from token]
     kept = tl.full((N,), 1.0, tl.float32)
     for t in range(L):
-        row = start + t * C + n
+        row = (start + t) * C + h * N + n
         live = n < tl.where(t < count, N, 0)
         w_t = tl.load(w_ptr + row, mask=live, other=1.0)
-        r_t = tl.load(kvrg_ptr + 2 * part + row, mask=live, other=0.0).to(tl.float32)
+        r_t = tl.load(r_from + t * C, mask=live, other=0.0).to(tl.float32)
         seen = tl.sum(k * r_t[None, :], 1)  # k as it stands before token t
         scores = tl.where((i[:, None] == t) & (i[None, :] < t), seen[None, :], scores)
         tl.store(r_ptr + row, r_t * kept, mask=live)
@@ -66,7 +67,7 @@ def within_kernel(kvrg_ptr, w_ptr, u_ptr, r_ptr, k_ptr, kept_ptr, out_ptr, M, T,
     tl.store(out_ptr + at, tl.dot(scores, v, input_precision="ieee"), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "T"])
 def through_kernel(kvrg_ptr, r_ptr, k_ptr, kept_ptr, kv_ptr, out_ptr, M, T, H, N: tl.constexpr, L: tl.constexpr,
                    COLS: tl.constexpr):  # fmt: skip
     b, h = tl.program_id(0).to(tl.int64) // H, tl.program_id(0) % H
@@ -76,17 +77,18 @@ def through_kernel(kvrg_ptr, r_ptr, k_ptr, kept_ptr, kv_ptr, out_ptr, M, T, H, N
     v = tl.program_id(1) * COLS + tl.arange(0, COLS)
     kv_at = kv_ptr + (b * H + h) * N * N + n[:, None] * N + v[None, :]
     s = tl.load(kv_at)  # [N, COLS]
-    value_ptr = kvrg_ptr + M.to(tl.int64) * C
     chunks = tl.cdiv(T, L)
     for c in range(chunks):
         live = c * L + i < T
-        row = (b * T + c * L + i) * C + h * N
+        token = b * T + c * L + i
+        row = token * C + h * N
         r = tl.load(r_ptr + row[:, None] + n[None, :], mask=live[:, None], other=0.0)
         out = tl.load(out_ptr + row[:, None] + v[None, :], mask=live[:, None], other=0.0)
         out += tl.dot(r, s, input_precision="ieee")
         tl.store(out_ptr + row[:, None] + v[None, :], out, mask=live[:, None])
         k = tl.load(k_ptr + row[None, :] + n[:, None], mask=live[None, :], other=0.0)  # [N, L]
-        value = tl.load(value_ptr + row[:, None] + v[None, :], mask=live[:, None], other=0.0).to(tl.float32)
+        value_at = (M + token)[:, None] * C + h * N + v[None, :]
+        value = tl.load(kvrg_ptr + value_at, mask=live[:, None], other=0.0).to(tl.float32)
         kept = tl.load(kept_ptr + ((b * chunks + c) * H + h) * N + n)
         s = s * kept[:, None] + tl.dot(k, value, input_precision="ieee")
     tl.store(kv_at, s)
@@ -113,8 +115,7 @@ def decays(low: Tensor, w: Tensor, decay: Tensor, tuning: Tuning) -> Tensor:
     """exp(-exp(decay + W tanh(low))), float32 [M, C]: low [M, D], w [C, D], decay [C]."""
     (M, D), C = low.shape, len(decay)
     out = decay.new_empty(M, C)
-    rows = min(tuning.lerp_rows, max(16, triton.next_power_of_2(M)))
-    cols = min(tuning.lerp_cols, max(16, triton.next_power_of_2(C)))
+    rows, cols = tuning.lerp_tile(M, C, w.element_size())
     rank = max(16, triton.next_power_of_2(D))
     decays_kernel[triton.cdiv(M, rows), triton.cdiv(C, cols)](low, w, decay, out, M, D, C, rank, rows, cols)
     return out

@@ -1,7 +1,7 @@
 """What lies between the matrix products, for rows of any number: norms, token shift, interpolation, gates.
 
-M = B T rows of C channels; row m is token m % T of sequence m // T. Annotations are real types, not strings: Triton
-reads them.
+M = B T rows of C channels; row m is token m % T of sequence m // T. Kernels are not specialized on these, so that
+another length of prompt compiles nothing. Annotations are real types, not strings: Triton reads them.
 """
 
 import torch
@@ -33,7 +33,7 @@ def normed_pair(x_ptr, prev_ptr, weight_ptr, bias_ptr, m, T, cols, mask, C: tl.c
     return x, before - x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def shift_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_ptr, normed_ptr, dx_ptr, out_ptr, T,
                  C: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     m = tl.program_id(0).to(tl.int64)
@@ -45,7 +45,7 @@ def shift_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_ptr, normed_ptr, dx_
     store(out_ptr + m * C + cols, x + dx * load_vector(maa_ptr, cols, mask), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def shift_two_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_k_ptr, maa_r_ptr, k_ptr, r_ptr, last_ptr, T,
                      C: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     m = tl.program_id(0).to(tl.int64)
@@ -57,7 +57,7 @@ def shift_two_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_k_ptr, maa_r_ptr
     store(last_ptr + m // T * C + cols, x, cols < tl.where(m % T == T - 1, C, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "T"])
 def lerps_kernel(lora_ptr, normed_ptr, dx_ptr, w_ptr, out_ptr, prev_ptr, M, T, R: tl.constexpr, C: tl.constexpr,
                  RANK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -74,7 +74,7 @@ def lerps_kernel(lora_ptr, normed_ptr, dx_ptr, w_ptr, out_ptr, prev_ptr, M, T, R
         w = tl.load(w_ptr + w_at, mask=(rank < R)[:, None] & (cols < C)[None, :], other=0.0)
         maa = load_vector(w_ptr + (i * (R + 1) + R) * C, cols, cols < C)
         mix = tl.dot(tanh(lora.to(tl.float32)).to(w.dtype), w, input_precision="ieee") + maa[None, :]
-        store(out_ptr + i * M.to(tl.int64) * C + at, x + dx * mix, mask)
+        store(out_ptr + (i * M + m)[:, None] * C + cols[None, :], x + dx * mix, mask)
     store(prev_ptr + (m // T)[:, None] * C + cols[None, :], x, mask & (m % T == T - 1)[:, None])
 
 
@@ -85,7 +85,7 @@ def relu_squared_kernel(k_ptr, size, BLOCK: tl.constexpr):
     store(k_ptr + at, k * k, at < size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def gate_kernel(r_ptr, v_ptr, last_ptr, x_ptr, prev_ptr, T, scale, C: tl.constexpr, BLOCK: tl.constexpr):
     m = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
@@ -141,8 +141,7 @@ def lerps(lora: Tensor, normed: Tensor, dx: Tensor, w: Tensor, prev: Tensor, T: 
     """
     (M, C), R = normed.shape, w.shape[1] - 1
     out = normed.new_empty(5, M, C)
-    rows = min(tuning.lerp_rows, max(16, triton.next_power_of_2(M)))
-    cols = min(tuning.lerp_cols, max(16, triton.next_power_of_2(C)))
+    rows, cols = tuning.lerp_tile(M, C, w.element_size())
     rank = max(16, triton.next_power_of_2(R))
     grid = (triton.cdiv(M, rows), triton.cdiv(C, cols))
     lerps_kernel[grid](lora, normed, dx, w, out, prev, M, T, R, C, rank, rows, cols)

@@ -130,11 +130,14 @@ def value_kernel(k_ptr, r_ptr, w_ptr, normed_ptr, x_ptr, prev_ptr, scale,
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
     mask = cols < C
     total = tl.zeros((TALL, COLS), tl.float32)
-    for start in range(0, F, TALL):
-        rows = start + tl.arange(0, TALL)
-        k = tl.load(k_ptr + b * F + rows, mask=rows < F, other=0.0).to(tl.float32)
+    rows = tl.arange(0, TALL)
+    k = load_vector(k_ptr + b * F, rows, rows < F)
+    for _ in range(0, F, TALL):
         w = tl.load(w_ptr + rows[:, None] * C + cols[None, :], mask=(k != 0.0)[:, None] & mask[None, :], other=0.0)
+        rows += TALL
+        ahead = load_vector(k_ptr + b * F, rows, rows < F)
         total += w.to(tl.float32) * k[:, None]
+        k = ahead
     at = b * C + cols
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     x += tl.sum(total, 0) * tl.load(r_ptr + at, mask=mask, other=0.0)
@@ -231,7 +234,7 @@ def add_value(
     (B, F), C = k.shape, x.shape[1]
     tall = min(tuning.value_rows, triton.next_power_of_2(F))
     grid = (triton.cdiv(C, tuning.value_cols), B)
-    warps = max(1, min(16, tall * tuning.value_cols // 2048))  # 64 numbers a thread
+    warps = max(1, min(16, tall * tuning.value_cols // 1024))  # 32 numbers a thread
     value_kernel[grid](k, r, w, normed, x, prev, scale, C, F, tall, tuning.value_cols, num_warps=warps)
 
 
