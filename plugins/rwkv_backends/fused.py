@@ -52,6 +52,8 @@ class Fused(Backend):
             return f"its heads are of {model.config.head_size}; there are kernels for {', '.join(map(str, HEAD_SIZES))}"
         if model.dtype not in DTYPES:
             return f"there are no kernels for {str(model.dtype).removeprefix('torch.')}"
+        if model.dtype == torch.bfloat16 and interpreted():
+            return "Triton's interpreter multiplies bfloat16 wrongly"
         return None
 
     def forward(self, model: Model) -> Forward:
