@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ class Graphs:
     """
 
     def __init__(self) -> None:
-        self._pools: dict[torch.device, tuple[int, int]] = {}
+        self._pools: dict[torch.device, Any] = {}
 
     def capture(self, tick: Tick, buffers: Sequence[Tensor]) -> Tick:
         """The tick as a graph, `buffers` (at least one, all on one device) as they were.
@@ -48,7 +49,7 @@ def _warm_up(tick: Tick) -> None:
 
     A capture that fails half-way may leave the process unable to begin another; this fails before it.
     """
-    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    current, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(current)
     with torch.cuda.stream(side):
         for _ in range(WARM_UPS - 1):

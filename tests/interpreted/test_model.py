@@ -37,9 +37,7 @@ def test_it_keeps_the_contract_of_a_backend(plugins: Plugins) -> None:
 
 
 @pytest.mark.parametrize(("embd", "head_size", "vocab", "rank"), [(48, 16, 37, 5), (96, 32, 260, 20), (64, 64, 5, 1)])
-def test_logits_are_those_of_the_reference(
-    plugins: Plugins, embd: int, head_size: int, vocab: int, rank: int
-) -> None:
+def test_logits_are_those_of_the_reference(plugins: Plugins, embd: int, head_size: int, vocab: int, rank: int) -> None:
     """For sizes that are no powers of two, too."""
     architecture = plugins.architectures.get("rwkv6")
     tensors = random(architecture, 2, embd, head_size, vocab, rank)

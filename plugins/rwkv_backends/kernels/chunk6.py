@@ -126,7 +126,7 @@ def wkv_chunked(kvrg: Tensor, w: Tensor, u: Tensor, kv: Tensor, tuning: Tuning) 
 
     The rows of kv are contiguous: one layer of a state, or of a view of its rows.
     """
-    _, M, C = kvrg.shape
+    M = kvrg.shape[1]
     B, H, N, _ = kv.shape
     T, L = M // B, tuning.chunk
     r, k, out = (torch.empty_like(w) for _ in range(3))

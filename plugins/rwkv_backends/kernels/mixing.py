@@ -111,9 +111,7 @@ def embed(tokens: Tensor, emb: Tensor, norm: tuple[Tensor, Tensor]) -> Tensor:
     return x
 
 
-def shift(
-    x: Tensor, prev: Tensor, norm: tuple[Tensor, Tensor], maa: Tensor, T: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def shift(x: Tensor, prev: Tensor, norm: tuple[Tensor, Tensor], maa: Tensor, T: int) -> tuple[Tensor, Tensor, Tensor]:
     """x [M, C], prev [B, C] -> LN(x), dx (what the token before leaves, minus that) and LN(x) + dx maa, all [M, C]."""
     M, C = x.shape
     normed, dx, out = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)

@@ -41,7 +41,7 @@ def forward(model: Model, tuning: Tuning) -> Forward:
         B, T = tokens.shape
         with torch.cuda.device_of(tokens):
             x = mixing.embed(tokens.flatten().contiguous(), weights.emb, weights.ln0)
-            few = T == 1 and B <= tuning.vector_rows
+            few = T == 1 and tuning.vector_rows >= B
             layer = _few if few else _many
             # One layer of a state is contiguous, whichever of its rows a view has; the engine moves rows so that
             # those at work are always the first: no kernel needs to be told which they are.
