@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from rwkv_layers.rwkv6 import RESCALE_EVERY, Block, Weights
 from torch import Tensor
 
 from rwkv_backends.kernels import chunk6, mixing, vector, wkv6
 from rwkv_backends.kernels.tuning import Tuning
-from rwkv_layers.rwkv6 import RESCALE_EVERY, Block, Weights
 from rwkv_runtime import Forward, Model, State
 
 
