@@ -31,8 +31,8 @@ pytestmark = [
     pytest.mark.skipif(interpreted(), reason="Triton's interpreter is on"),
 ]
 TOKENS = tokens_of(40)
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
-"""Of the norm of the logits, under teacher forcing."""
+EXACT = 1e-4
+"""How far, by norm, two ways to compute in float32 may be apart."""
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -49,9 +49,20 @@ def poisoned() -> Iterator[None]:
 
 
 def on_gpu(plugins: Plugins, dtype: torch.dtype, name: str = "rwkv6", layers: int = 2) -> Model:
+    return pair(plugins, dtype, name, layers)[0]
+
+
+def pair(plugins: Plugins, dtype: torch.dtype, name: str = "rwkv6", layers: int = 2) -> tuple[Model, Model]:
+    """A model, and one of the same weights in float32."""
     architecture = plugins.architectures.get(name)
     tensors = architecture.random(architecture.sizes(layers, 320, VOCAB_SIZE, 64), dtype=dtype)
-    return build_model(tensors, [architecture], torch.device("cuda"), dtype)
+    ours, exact = (build_model(tensors, [architecture], torch.device("cuda"), d) for d in (dtype, torch.float32))
+    return ours, exact
+
+
+def no_further(ours: Tensor, plain: Tensor, exact: Tensor) -> bool:
+    """Whether we are as near to float32 as plain PyTorch is in the same dtype, give or take."""
+    return off(ours, exact) <= max(EXACT, 1.5 * off(plain, exact))
 
 
 def forced(engine: Engine, tokens: Sequence[int], rows: int) -> Tensor:
@@ -83,12 +94,12 @@ def test_captured_steps_say_what_plain_pytorch_says(
     plugins: Plugins, tokenizer: Tokenizer, dtype: torch.dtype, rows: int
 ) -> None:
     """With the sampler inside; the same at every run; seven layers, so that float16 halves the residual stream."""
-    model = on_gpu(plugins, dtype, layers=7)
-    expected = forced(Engine(model, Eager(), Nucleus(), tokenizer, rows), TOKENS, rows)
+    model, in_full = pair(plugins, dtype, layers=7)
+    plain, exact = (forced(Engine(m, Eager(), Nucleus(), tokenizer, rows), TOKENS, rows) for m in (model, in_full))
     engine = Engine(model, Fused(), Nucleus(), tokenizer, rows)
     first, second = (forced(engine, TOKENS, rows) for _ in range(2))
     assert bool(first.isfinite().all())
-    assert off(first, expected) < TOLERANCE[dtype]
+    assert no_further(first, plain, exact)
     assert torch.equal(first, second)
 
 
@@ -96,14 +107,13 @@ def test_captured_steps_say_what_plain_pytorch_says(
 @pytest.mark.parametrize("B", [1, 3])
 @pytest.mark.usefixtures("poisoned")
 def test_prompts_say_what_plain_pytorch_says(plugins: Plugins, dtype: torch.dtype, B: int, T: int) -> None:
-    model = on_gpu(plugins, dtype)
+    model, in_full = pair(plugins, dtype)
     tokens = torch.tensor([tokens_of(T, seed) for seed in range(B)], device="cuda")
-    ours, theirs = model.new_state(B), model.new_state(B)
-    got = Fused().forward(model)(tokens, ours, every=True)
-    expected = Eager().forward(model)(tokens, theirs, every=True)
-    assert off(got, expected) < TOLERANCE[dtype]
-    for name, kept in theirs.tensors.items():
-        assert off(ours[name], kept) < TOLERANCE[dtype], name
+    states = [m.new_state(B) for m in (model, model, in_full)]
+    passes = [Fused().forward(model), Eager().forward(model), Eager().forward(in_full)]
+    assert no_further(*(run(tokens, state, every=True) for run, state in zip(passes, states, strict=True)))
+    for name in states[0].tensors:
+        assert no_further(*(state[name] for state in states)), name
 
 
 def test_it_is_near_the_reference(plugins: Plugins) -> None:

@@ -51,13 +51,15 @@ def _warm_up(tick: Tick) -> None:
     """
     current, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(current)
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UPS - 1):
-            tick()
-        mode = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            tick()
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
-    current.wait_stream(side)
+    try:
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS - 1):
+                tick()
+            mode = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                tick()
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
+    finally:
+        current.wait_stream(side)
