@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rwkv_runtime.errors import CheckpointError
+from rwkv_runtime.errors import CheckpointError, OptionError
 from rwkv_runtime.model import Architecture, Model
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -169,20 +169,27 @@ def build_model(
     dtype: torch.dtype | None = None,
     source: str = "checkpoint",
     progress: Progress | None = None,
+    quant: str | None = None,
 ) -> Model:
-    """Puts a model together on a device. dtype None: the file's own. Raises CheckpointError."""
+    """Puts a model together on a device. dtype None: the file's own.
+
+    Raises CheckpointError, or OptionError for a quantization that the file's architecture does not have.
+    """
     architecture = find_architecture(tensors, architectures, source)
+    if quant is not None and quant not in architecture.quantizations:
+        known = ", ".join(architecture.quantizations) or "none"
+        raise OptionError(f"{source}: {architecture.name} has no quantization {quant!r}; it has {known}")
     try:
         config = architecture.config({name: tuple(t.shape) for name, t in tensors.items()})
         dtype = dtype or _own_dtype(tensors)
-        place = _Placer(device, dtype, sum(t.numel() for t in tensors.values()), progress)
+        place = _Placer(device, dtype, sum(t.numel() for t in tensors.values()), progress, quant)
         weights = architecture.weights(tensors, config, place, dtype)
         initial = architecture.initial_state(tensors, config, place)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from None
     if progress:
         progress(place.total, place.total)  # a file may hold more than the model needs
-    return Model(architecture, config, weights, device, dtype, initial, source)
+    return Model(architecture, config, weights, device, dtype, initial, source, quant)
 
 
 def _own_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
@@ -193,14 +200,20 @@ def _own_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
 
 
 class _Placer:
-    """Moves one tensor at a time, so that loading needs hardly more memory than the model."""
+    """Moves one tensor at a time, so that loading needs hardly more memory than the model.
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, total: int, progress: Progress | None) -> None:
-        self.device, self.dtype = device, dtype
+    What a quantized model keeps as it is, it copies: one view of the file would keep all of it mapped.
+    """
+
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, total: int, progress: Progress | None, quant: str | None
+    ) -> None:
+        self.device, self.dtype, self.quant = device, dtype, quant
         self.total, self.done, self.progress = total, 0, progress
 
     def __call__(self, name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        placed = tensor.to(device=self.device, dtype=dtype or self.dtype).contiguous()
+        copy = self.quant is not None
+        placed = tensor.to(device=self.device, dtype=dtype or self.dtype, copy=copy).contiguous()
         low, high = torch.aminmax(placed)  # one pass, no copy; NaN propagates
         if not bool(torch.isfinite(low) & torch.isfinite(high)):
             if bool(torch.isfinite(tensor).all()):

@@ -16,8 +16,11 @@ from rwkv_runtime.state import State, TensorSpec
 class Place(Protocol):
     """(name in the file, tensor) -> the same values, checked, on the model's device, in its dtype or the one given.
 
-    Raises CheckpointError for a value that is not finite.
+    A large tensor may be given in pieces. Raises CheckpointError for a value that is not finite.
     """
+
+    quant: str | None
+    """The quantization asked for, one of the architecture's own; the architecture quantizes what `place` gave it."""
 
     def __call__(self, name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor: ...
 
@@ -47,6 +50,8 @@ class Architecture(ABC):
     summary: ClassVar[str] = ""
     ops: ClassVar[Mapping[str, Callable[..., Any]]]
     """Typed tensor functions that torch.jit.script accepts, by name."""
+    quantizations: ClassVar[Sequence[str]] = ()
+    """Names that `--quant` may have: how `weights` can make what it returns smaller than the file has it."""
 
     @abstractmethod
     def why_not(self, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
@@ -106,6 +111,7 @@ class Model:
     dtype: torch.dtype
     initial: Mapping[str, Tensor] = field(default_factory=dict)
     source: str = ""
+    quant: str | None = None
 
     def new_state(self, rows: int = 1) -> State:
         """Fresh state of `rows` rows on the model's device."""

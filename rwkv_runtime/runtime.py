@@ -39,13 +39,15 @@ def load(
     device: str | None = None,
     vocab: str | os.PathLike[str] | None = None,
     sha256: str | None = None,
+    quant: str | None = None,
     plugins: Plugins | None = None,
     progress: Progress | None = None,
 ) -> Runtime:
     """Loads a checkpoint (.pth or .safetensors) for use; without a path, the embedded story model.
 
     dtype is "bfloat16", "float16" or "float32" (default: the file's own); device is "cpu" or "cuda"
-    (default: CUDA where there is one). The vocabulary is `vocab`, else a file `NAME.vocab.txt` beside
+    (default: CUDA where there is one). quant "int8" rounds the large matrices to 8 bits, which halves a 16-bit model;
+    what is computed with them stays in dtype. The vocabulary is `vocab`, else a file `NAME.vocab.txt` beside
     the checkpoint, else RWKV World's where the model has its size. Raises CheckpointError,
     VocabularyError or OptionError.
     """
@@ -53,11 +55,12 @@ def load(
     where, kind = parse_device(device), parse_dtype(dtype)
     if backend != AUTO:
         plugins.backends.get(backend)
+    check_quant(quant, plugins)
     path = embedded_model() if path is None else path
     if sha256:
         check_sha256(path, sha256)
     tensors = open_tensors(path)
-    model = build_model(tensors, plugins.architectures, where, kind, str(path), progress)
+    model = build_model(tensors, plugins.architectures, where, kind, str(path), progress, quant)
     tokenizer = find_vocabulary(path, vocab, model.config.vocab_size)
     return Runtime(model, tokenizer, plugins, backend)
 
@@ -95,6 +98,13 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
     if full not in DTYPES:
         raise OptionError(f"there is no dtype {name!r}; there are {', '.join(DTYPES)}")
     return DTYPES[full]
+
+
+def check_quant(name: str | None, plugins: Plugins) -> None:
+    """Raises OptionError for a quantization that no architecture has; a file's own may still lack it."""
+    known = {quant: None for architecture in plugins.architectures for quant in architecture.quantizations}
+    if name is not None and name not in known:
+        raise OptionError(f"there is no quantization {name!r}; there are {', '.join(known) or 'none'}")
 
 
 def find_vocabulary(path: str | os.PathLike[str], vocab: str | os.PathLike[str] | None, vocab_size: int) -> Tokenizer:

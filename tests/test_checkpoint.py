@@ -57,7 +57,8 @@ def test_weights_of_the_files_own_type_stay_in_the_mapped_file(
     weights = loaded(path, plugins).weights
     lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(path))]
     ranges = [tuple(int(end, 16) for end in line[0].split("-")) for line in lines]
-    for tensor in (weights.emb, weights.head, weights.blocks[1].att.output, weights.blocks[0].ffn.key):
+    matrices = (weights.head, weights.blocks[1].att.output, weights.blocks[0].ffn.key)
+    for tensor in (weights.emb, *(matrix.weight for matrix in matrices)):
         assert any(start <= tensor.data_ptr() < stop for start, stop in ranges)
 
 
@@ -115,7 +116,7 @@ def test_the_number_type_is_the_files_own_unless_another_is_asked_for(
     assert built(tensors, plugins).dtype == torch.bfloat16
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         model = built(tensors, plugins, dtype)
-        assert model.dtype == model.weights.head.dtype == model.new_state()["att_x_prev"].dtype == dtype
+        assert model.dtype == model.weights.head.weight.dtype == model.new_state()["att_x_prev"].dtype == dtype
         assert model.weights.blocks[0].att.ln_x_weight.dtype == model.new_state()["att_kv"].dtype == torch.float32
         assert logits_of(model, [1]).dtype == torch.float32
 
@@ -142,7 +143,7 @@ def test_float16_halves_the_stream_every_six_layers(architecture: Architecture, 
     for layer, scale in ((0, 1.0), (5, 1.0), (6, 0.5), (11, 0.5), (12, 0.25)):
         for ours, name in ((blocks[layer].att.output, "att.output"), (blocks[layer].ffn.value, "ffn.value")):
             theirs = tensors[f"blocks.{layer}.{name}.weight"].half()
-            torch.testing.assert_close(ours, theirs * scale, rtol=1e-3, atol=1e-6)
+            torch.testing.assert_close(ours.weight, theirs * scale, rtol=1e-3, atol=1e-6)
 
 
 def test_a_state_tuned_file_starts_every_text_from_its_state(

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import apart
-from rwkv_layers.linear import linear, linears, times
+from rwkv_layers.linear import Matrix, linear, linears, times
 from torch import Tensor
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
@@ -28,7 +28,7 @@ def random(dtype: torch.dtype, *shape: int) -> Tensor:
 @pytest.mark.parametrize("D", [1, 7, 96])
 def test_linear_is_f_linear(D: int, leading: tuple[int, ...], scripted: bool, dtype: torch.dtype) -> None:
     x, weight = random(dtype, *leading, 48), random(dtype, D, 48)
-    ours = (torch.jit.script(linear) if scripted else linear)(x, weight)
+    ours = (torch.jit.script(linear) if scripted else linear)(x, Matrix(weight, None))
     assert ours.dtype == dtype
     assert ours.is_contiguous()
     assert apart(ours, F.linear(x.double(), weight.double())) < TOLERANCE[dtype]
@@ -37,7 +37,7 @@ def test_linear_is_f_linear(D: int, leading: tuple[int, ...], scripted: bool, dt
 @pytest.mark.parametrize("M", [1, 2, 64, 65, 130])
 def test_linears_are_several_of_them(M: int, dtype: torch.dtype) -> None:
     x, weight = random(dtype, 4, M, 48), random(dtype, 4, 40, 48)
-    ours = linears(x, weight)
+    ours = linears(x, Matrix(weight, None))
     assert ours.dtype == dtype
     assert ours.is_contiguous()
     for i in range(4):
@@ -48,7 +48,7 @@ def test_linears_are_several_of_them(M: int, dtype: torch.dtype) -> None:
 def test_times_is_a_matrix_product(M: int, dtype: torch.dtype) -> None:
     x, weight = random(dtype, M, 48), random(dtype, 40, 48)
     for columns in (x.t(), x.t().contiguous()):
-        ours = times(weight, columns)
+        ours = times(Matrix(weight, None), columns)
         assert ours.dtype == dtype
         assert apart(ours, weight.double() @ x.t().double()) < TOLERANCE[dtype]
 
@@ -56,5 +56,5 @@ def test_times_is_a_matrix_product(M: int, dtype: torch.dtype) -> None:
 def test_a_vector_that_is_a_column_of_something_else() -> None:
     weight, others = random(torch.bfloat16, 40, 48), random(torch.bfloat16, 48, 3)
     expected = weight.double() @ others[:, 1].double()
-    assert apart(linear(others[:, 1], weight), expected) < 1e-2
-    assert apart(times(weight, others[:, 1:2]), expected[:, None]) < 1e-2
+    assert apart(linear(others[:, 1], Matrix(weight, None)), expected) < 1e-2
+    assert apart(times(Matrix(weight, None), others[:, 1:2]), expected[:, None]) < 1e-2

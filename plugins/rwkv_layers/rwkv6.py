@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rwkv_layers import parts, rwkv6_reference
-from rwkv_layers.linear import linear, linears, times
+from rwkv_layers.linear import Matrix, dense, linear, linears, times
+from rwkv_layers.matrices import QUANTIZATIONS, matrix, stacked
 from rwkv_layers.parts import Norm, shift
 from rwkv_layers.rwkv6_shapes import expected_shapes
 from rwkv_layers.shapes import Shapes, count_layers, expected_state, why_not
@@ -33,8 +34,8 @@ class TimeMixing(NamedTuple):
     decay_w1: Tensor  # [D, C]
     decay_w2: Tensor  # [C, D]
     bonus: Tensor  # [H, N] float32
-    kvrg: Tensor  # [4, C, C]: key, value, receptance, gate
-    output: Tensor  # [C, C]
+    kvrg: Matrix  # [4, C, C]: key, value, receptance, gate
+    output: Matrix  # [C, C]
     ln_x_weight: Tensor  # [H, N] float32
     ln_x_bias: Tensor  # [H, N] float32
 
@@ -42,9 +43,9 @@ class TimeMixing(NamedTuple):
 class ChannelMixing(NamedTuple):
     maa_k: Tensor  # [C]
     maa_r: Tensor  # [C]
-    key: Tensor  # [F, C]
-    value: Tensor  # [C, F]
-    receptance: Tensor  # [C, C]
+    key: Matrix  # [F, C]
+    value: Matrix  # [C, F]
+    receptance: Matrix  # [C, C]
 
 
 class Block(NamedTuple):
@@ -59,7 +60,7 @@ class Weights(NamedTuple):
     ln0: Norm  # not folded into emb: that would take a copy of it, and emb stays mapped from the file
     blocks: tuple[Block, ...]
     ln_out: Norm
-    head: Tensor  # [V, C]
+    head: Matrix  # [V, C]
     rescaled: bool
 
 
@@ -73,11 +74,11 @@ def time_mixing(x: Tensor, x_prev: Tensor, kv: Tensor, w: TimeMixing) -> Tensor:
     dx = shift(wide, x_prev).view(B * T, C)
     x_prev.copy_(x[:, -1])
     wide = wide.view(B * T, C)
-    lora = torch.tanh(linear(torch.addcmul(wide, dx, w.maa_x.to(dtype)), w.maa_w1.to(dtype)))  # [B*T, 5R]
+    lora = torch.tanh(dense(torch.addcmul(wide, dx, w.maa_x.to(dtype)), w.maa_w1.to(dtype)))  # [B*T, 5R]
     lora = F.pad(lora.view(B * T, 5, -1).transpose(0, 1), [0, 1], value=1.0)  # [5, B*T, R + 1]
     mix = torch.bmm(lora, w.maa_w2.to(dtype))
     mixed = torch.addcmul(wide, dx, mix)  # [5, B*T, C]
-    raw = linear(torch.tanh(linear(mixed[0], w.decay_w1.to(dtype))), w.decay_w2.to(dtype)) + w.decay
+    raw = dense(torch.tanh(dense(mixed[0], w.decay_w1.to(dtype))), w.decay_w2.to(dtype)) + w.decay
     kvrg = linears(mixed[1:].to(x.dtype), w.kvrg).to(dtype).view(4, B, T, H, N)
     log_w = raw.exp_().neg_().view(B, T, H, N)
     k, v, r, g = kvrg.unbind(0)
@@ -102,6 +103,7 @@ class RWKV6(Architecture):
     name = "rwkv6"
     summary = "RWKV-6 (x060, Finch)"
     ops = {"time_mixing": time_mixing, "channel_mixing": channel_mixing}
+    quantizations = QUANTIZATIONS
 
     def why_not(self, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
         return why_not(shapes, "RWKV-6", ".att.time_maa_*")
@@ -135,7 +137,7 @@ class RWKV6(Architecture):
             att = _time_mixing_weights(tensors, f"blocks.{i}.att.", place, scale)
             ffn = _channel_mixing_weights(tensors, f"blocks.{i}.ffn.", place, scale)
             blocks.append(Block(norm(f"blocks.{i}.ln1"), att, norm(f"blocks.{i}.ln2"), ffn))
-        head = place("head.weight", tensors["head.weight"])
+        head = matrix(place, tensors, "head.weight")
         return Weights(emb, norm("blocks.0.ln0"), tuple(blocks), norm("ln_out"), head, rescaled)
 
     def state_spec(self, config: ModelConfig, dtype: torch.dtype) -> dict[str, TensorSpec]:
@@ -185,7 +187,6 @@ def _time_mixing_weights(tensors: Mapping[str, Tensor], prefix: str, place: Plac
         return place(prefix + name, tensors[prefix + name], dtype)
 
     fp32 = torch.float32
-    output = tensors[prefix + "output.weight"]
     bonus = take("time_faaaa", fp32)
     adapter = fp32 if take("time_maa_x").is_cpu else None
     maa = torch.stack([take(f"time_maa_{part}", adapter) for part in "wkvrg"])  # [5, C]
@@ -197,8 +198,10 @@ def _time_mixing_weights(tensors: Mapping[str, Tensor], prefix: str, place: Plac
         decay_w1=take("time_decay_w1", adapter).t().contiguous(),
         decay_w2=take("time_decay_w2", adapter).t().contiguous(),
         bonus=bonus,
-        kvrg=torch.stack([take(f"{part}.weight") for part in ("key", "value", "receptance", "gate")]),
-        output=place(prefix + "output.weight", output * scale if scale != 1.0 else output),
+        kvrg=stacked(
+            [matrix(place, tensors, f"{prefix}{part}.weight") for part in ("key", "value", "receptance", "gate")]
+        ),
+        output=matrix(place, tensors, prefix + "output.weight", scale),
         ln_x_weight=take("ln_x.weight", fp32).view(bonus.shape),
         ln_x_bias=take("ln_x.bias", fp32).view(bonus.shape),
     )
@@ -208,13 +211,12 @@ def _channel_mixing_weights(tensors: Mapping[str, Tensor], prefix: str, place: P
     def take(name: str) -> Tensor:
         return place(prefix + name, tensors[prefix + name])
 
-    value = tensors[prefix + "value.weight"]
     return ChannelMixing(
         maa_k=take("time_maa_k"),
         maa_r=take("time_maa_r"),
-        key=take("key.weight"),
-        value=place(prefix + "value.weight", value * scale if scale != 1.0 else value),
-        receptance=take("receptance.weight"),
+        key=matrix(place, tensors, prefix + "key.weight"),
+        value=matrix(place, tensors, prefix + "value.weight", scale),
+        receptance=matrix(place, tensors, prefix + "receptance.weight"),
     )
 
 

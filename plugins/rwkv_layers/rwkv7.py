@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rwkv_layers import parts, rwkv7_reference
+from rwkv_layers.linear import Matrix, linear
+from rwkv_layers.matrices import QUANTIZATIONS, matrix
 from rwkv_layers.parts import Norm, shift
 from rwkv_layers.rwkv7_shapes import config_of, expected_shapes, usual_sizes
 from rwkv_layers.shapes import why_not
@@ -38,18 +40,18 @@ class TimeMixing(NamedTuple):
     removal: Tensor  # [H, N] float32: k_k, from keys to what is taken out of the state
     replacement: Tensor  # [H, N] float32: k_a, how far a key's strength follows the rate
     bonus: Tensor  # [H, N] float32: r_k
-    receptance: Tensor  # [C, C]
-    key: Tensor  # [C, C]
-    value: Tensor  # [C, C]
-    output: Tensor  # [C, C]
+    receptance: Matrix  # [C, C]
+    key: Matrix  # [C, C]
+    value: Matrix  # [C, C]
+    output: Matrix  # [C, C]
     ln_x_weight: Tensor  # [C] float32
     ln_x_bias: Tensor  # [C] float32
 
 
 class ChannelMixing(NamedTuple):
     shift: Tensor  # [C]
-    key: Tensor  # [F, C]
-    value: Tensor  # [C, F]
+    key: Matrix  # [F, C]
+    value: Matrix  # [C, F]
 
 
 class Block(NamedTuple):
@@ -64,7 +66,7 @@ class Weights(NamedTuple):
     ln0: Norm  # not folded into emb: that would take a copy of it, and emb stays mapped from the file
     blocks: tuple[Block, ...]
     ln_out: Norm
-    head: Tensor  # [V, C]
+    head: Matrix  # [V, C]
 
 
 def time_mixing(
@@ -81,9 +83,9 @@ def time_mixing(
     B, T, C = x.shape
     H, N = w.bonus.shape
     xr, xw, xk, xv, xa, xg = torch.addcmul(x, shift(x, x_prev), w.shift).unbind(0)
-    r = F.linear(xr, w.receptance).float().view(B, T, H, N)
-    k = F.linear(xk, w.key).float().view(B, T, H, N)
-    v = F.linear(xv, w.value).float().view(B, T, H, N)
+    r = linear(xr, w.receptance).float().view(B, T, H, N)
+    k = linear(xk, w.key).float().view(B, T, H, N)
+    v = linear(xv, w.value).float().view(B, T, H, N)
     raw = w.decay.base + F.linear(torch.tanh(F.linear(xw, w.decay.down)), w.decay.up).float()
     decay = torch.exp(-math.exp(-0.5) * torch.sigmoid(raw)).view(B, T, H, N)
     rate = torch.sigmoid(w.rate.base + F.linear(F.linear(xa, w.rate.down), w.rate.up).float()).view(B, T, H, N)
@@ -102,19 +104,20 @@ def time_mixing(
         out, kv = wkv_chunked(r, decay, k, v, -kappa, kappa * rate, kv)
     out = F.group_norm(out.reshape(B * T, C), H, w.ln_x_weight, w.ln_x_bias, eps=64e-5)
     out = out.view(B, T, H, N) + (r * k * w.bonus).sum(-1, keepdim=True) * v
-    return F.linear(out.view(B, T, C).to(x.dtype) * gate, w.output), x[:, -1], kv, v_first
+    return linear(out.view(B, T, C).to(x.dtype) * gate, w.output), x[:, -1], kv, v_first
 
 
 def channel_mixing(x: Tensor, x_prev: Tensor, w: ChannelMixing) -> tuple[Tensor, Tensor]:
     """x [B, T, C], x_prev [B, C] -> output [B, T, C], next x_prev."""
-    k = torch.relu(F.linear(torch.addcmul(x, shift(x, x_prev), w.shift), w.key)) ** 2
-    return F.linear(k, w.value), x[:, -1]
+    k = torch.relu(linear(torch.addcmul(x, shift(x, x_prev), w.shift), w.key)) ** 2
+    return linear(k, w.value), x[:, -1]
 
 
 class RWKV7(Architecture):
     name = "rwkv7"
     summary = "RWKV-7 (x070, Goose)"
     ops = {"time_mixing": time_mixing, "channel_mixing": channel_mixing}
+    quantizations = QUANTIZATIONS
 
     def why_not(self, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
         return why_not(shapes, "RWKV-7", ".att.r_k")
@@ -132,10 +135,11 @@ class RWKV7(Architecture):
         blocks = []
         for i in range(config.n_layer):
             att = _time_mixing_weights(tensors, f"blocks.{i}.att.", config, place)
-            names = (f"blocks.{i}.ffn.{part}" for part in ("x_k", "key.weight", "value.weight"))
-            ffn = ChannelMixing(*(place(name, tensors[name]) for name in names))
+            prefix = f"blocks.{i}.ffn."
+            key, value = (matrix(place, tensors, f"{prefix}{part}.weight") for part in ("key", "value"))
+            ffn = ChannelMixing(place(f"{prefix}x_k", tensors[f"{prefix}x_k"]), key, value)
             blocks.append(Block(norm(f"blocks.{i}.ln1"), att, norm(f"blocks.{i}.ln2"), ffn))
-        head = place("head.weight", tensors["head.weight"])
+        head = matrix(place, tensors, "head.weight")
         return Weights(emb, norm("blocks.0.ln0"), tuple(blocks), norm("ln_out"), head)
 
     def state_spec(self, config: ModelConfig, dtype: torch.dtype) -> dict[str, TensorSpec]:
@@ -169,7 +173,7 @@ class RWKV7(Architecture):
             x = x + y
         if not every:
             x = x[:, -1]
-        return F.linear(F.layer_norm(x, size, *weights.ln_out), weights.head).float()
+        return linear(F.layer_norm(x, size, *weights.ln_out), weights.head).float()
 
     def sizes(self, n_layer: int, n_embd: int, vocab_size: int, head_size: int = 64) -> ModelConfig:
         return usual_sizes(n_layer, n_embd, vocab_size, head_size)
@@ -204,10 +208,10 @@ def _time_mixing_weights(tensors: Mapping[str, Tensor], prefix: str, config: Mod
         removal=take("k_k", fp32).view(config.n_head, config.head_size),
         replacement=take("k_a", fp32).view(config.n_head, config.head_size),
         bonus=take("r_k", fp32),
-        receptance=take("receptance.weight"),
-        key=take("key.weight"),
-        value=take("value.weight"),
-        output=take("output.weight"),
+        receptance=matrix(place, tensors, prefix + "receptance.weight"),
+        key=matrix(place, tensors, prefix + "key.weight"),
+        value=matrix(place, tensors, prefix + "value.weight"),
+        output=matrix(place, tensors, prefix + "output.weight"),
         ln_x_weight=take("ln_x.weight", fp32),
         ln_x_bias=take("ln_x.bias", fp32),
     )

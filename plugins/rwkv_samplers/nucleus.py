@@ -6,6 +6,10 @@ The order and the exact mass are those of BlinkDL's RWKV demo programs: the kept
 
 from __future__ import annotations
 
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -38,12 +42,23 @@ class Nucleus(Sampler):
         left = count - packed.tokens(end.above)  # how many of those at the cut fit in
         share = _share_at_the_cut(packed, end, best, target, left)
         # In log space, since p ** (1 / T) underflows to all zeros at a small T; the largest is 0.
-        top, divisor = best + share.clamp(min=0.0), torch.where(greedy, 1.0, temperature)
+        divisor = torch.where(greedy, 1.0, temperature)
         tied = end.keys == end.key
         tied &= tied.cumsum(dim=-1) <= left
-        at_cut = (share - share.clamp(min=0.0)) / divisor
-        beyond = torch.where(tied, at_cut, -torch.inf)
-        return torch.where(end.keys < end.key, (logits - top).div_(divisor), beyond)
+        beyond = torch.where(tied, share / divisor, -torch.inf)
+        return torch.where(end.keys < end.key, (logits - best).div_(divisor), beyond)
+
+    def sample(self, logits: Tensor, controls: Controls) -> Tensor:
+        if logits.is_cuda and (kernels := _kernels()):
+            drawn: Tensor = kernels.sample(logits, controls, Packed.of(logits.shape[-1]).unit)
+            return drawn
+        return super().sample(logits, controls)
+
+
+@cache
+def _kernels() -> ModuleType | None:
+    """The same draw for GPUs, where Triton is installed."""
+    return import_module("rwkv_samplers.nucleus_triton") if find_spec("triton") else None
 
 
 class Packed(NamedTuple):
@@ -72,11 +87,13 @@ class Packed(NamedTuple):
 def _share_at_the_cut(packed: Packed, end: Cut, best: Tensor, target: Tensor, left: Tensor) -> Tensor:
     """The log weight [B, 1], relative to the best token's, of each kept token at the cut.
 
-    They share what is left of the mass, where it is the mass that ends the prefix, and keep their own otherwise.
+    They share what is left of the mass, where it is the mass that ends the prefix, and keep their own otherwise; where
+    top-k lets only some of them in, these do not grow beyond their own.
     """
     above, tied = packed.mass(end.above), packed.mass(end.tied)
     each = (target - above).double() / (torch.minimum(packed.tokens(end.tied), left) * packed.unit)
-    share = torch.where(above + tied >= target, each.log().float(), score_of(end.key) - best)
+    own = score_of(end.key) - best
+    share = torch.where(above + tied >= target, torch.minimum(each.log().float(), own), own)
     # Nothing is cut down where the cut is at the best token and its equals, or where there is none.
     share = torch.where((packed.tokens(end.above) == 0) | (end.key == LAST), 0.0, share)
     return torch.where(best.isfinite(), share, torch.nan)

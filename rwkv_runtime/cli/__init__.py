@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from rwkv_runtime import __version__
-from rwkv_runtime.cli.command import OneLineCommand
+from rwkv_runtime.cli.command import OneLineCommand, nothing_to_lose
 from rwkv_runtime.cli.formats import FORMATS
 from rwkv_runtime.cli.options import CountType, PairType, StopType, read_config, sampler_params
 
@@ -45,6 +45,7 @@ line wins over the environment, the environment over the file."""
 @click.option("-s", "--sampler", default="nucleus", show_default=True, help="How to choose tokens: a name, or a,b,c.")
 @click.option("--device", help="cpu, cuda or cuda:N.  [default: cuda where there is one]")
 @click.option("--dtype", help="float32, bfloat16 or float16.  [default: the file's own]")
+@click.option("--quant", help="int8: large matrices in 8 bits, half the memory.  [default: as they are]")
 @click.option("--threads", type=CountType(1, 1024), help="CPU threads.  [default: torch's own choice]")
 @click.option("-n", "--max-tokens", type=CountType(1), default=512, show_default=True, help="Most tokens to write.")
 @click.option("--seconds", type=click.FloatRange(min=0, min_open=True), help="Most seconds to write for.")
@@ -80,7 +81,8 @@ def command(ctx: click.Context, /, **options: Any) -> None:
 
     The prompt is the argument, or --file, or standard input.
     """
-    from rwkv_runtime.cli.run import run  # torch and plugins are loaded here
+    with nothing_to_lose():
+        from rwkv_runtime.cli.run import run  # torch is loaded here
 
     run(options | {"params": sampler_params(ctx)})
 

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import click
 
 INTERRUPTED = 130
 WRONG_USAGE = 2
+
+
+@contextlib.contextmanager
+def nothing_to_lose() -> Iterator[None]:
+    """Inside, Ctrl-C ends the process at once: as an exception it could be swallowed by a library being imported."""
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, lambda signum, frame: os._exit(INTERRUPTED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 class WrongUsage(click.ClickException):

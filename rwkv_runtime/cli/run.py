@@ -14,7 +14,7 @@ import click
 import torch
 
 from rwkv_runtime.cli.checks import check, read_prompt
-from rwkv_runtime.cli.command import INTERRUPTED, WrongUsage
+from rwkv_runtime.cli.command import INTERRUPTED, WrongUsage, nothing_to_lose
 from rwkv_runtime.cli.explain import as_record, table
 from rwkv_runtime.cli.figures import Figures
 from rwkv_runtime.cli.interrupts import follow
@@ -48,7 +48,8 @@ def run(options: Mapping[str, Any]) -> None:
 
 
 def _dispatch(options: Mapping[str, Any]) -> None:
-    plugins = load_plugins()
+    with nothing_to_lose():
+        plugins = load_plugins()
     check(options, plugins)
     if options["prompts"]:
         from rwkv_runtime.cli.batch import run_batch
@@ -75,6 +76,7 @@ class Session:
     seed: int
 
     @classmethod
+    @nothing_to_lose()
     def open(cls, options: Mapping[str, Any], plugins: Plugins, rows: int = 1) -> Session:
         if options["threads"]:
             torch.set_num_threads(options["threads"])
@@ -86,6 +88,7 @@ class Session:
                 device=options["device"],
                 vocab=options["vocab"],
                 sha256=options["sha256"],
+                quant=options["quant"],
                 plugins=plugins,
                 progress=progress,
             )

@@ -39,15 +39,17 @@ def tiny_model(
     seed: int = 0,
     dtype: str = "float32",
     device: str = "cpu",
+    quant: str | None = None,
 ) -> Runtime:
     """A random model of one family with a byte vocabulary: everything `rwkv_runtime.load` gives, within a second.
 
     It writes nonsense, but writes it like any other model: `tiny_model().generate("Hi", sampler="greedy")`.
     `plugins` says what it may be asked for (default: all that are installed). Raises OptionError for an
-    architecture, a backend, a dtype or a device that there is not.
+    architecture, a backend, a dtype, a device or a quantization that there is not.
     """
     plugins = plugins or Plugins.load()
     family = plugins.architectures.get(architecture)
     tensors = tiny_checkpoint(family, n_layer=n_layer, n_embd=n_embd, head_size=head_size, seed=seed)
-    model = build_model(tensors, [family], parse_device(device), parse_dtype(dtype) or torch.float32, "tiny model")
+    kind = parse_dtype(dtype) or torch.float32
+    model = build_model(tensors, [family], parse_device(device), kind, "tiny model", quant=quant)
     return Runtime(model, byte_tokenizer(), plugins, backend)

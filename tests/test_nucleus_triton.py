@@ -1,0 +1,67 @@
+"""The nucleus draw for GPUs draws what its plain twin draws: on a GPU, or in Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from rwkv_samplers.nucleus import Nucleus, Packed
+from torch import Tensor
+
+from rwkv_runtime.controls import Controls
+
+kernels = pytest.importorskip("rwkv_samplers.nucleus_triton", reason="Triton is not installed")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+INF = torch.inf
+
+
+def both(logits: Tensor, **params: list[float]) -> tuple[list[int], list[int]]:
+    """Tokens of the plain draw and of the kernels, for logits [B, V] and parameters with a value for each row."""
+    B, V = logits.shape
+    generator = torch.Generator().manual_seed(V)
+    controls = Controls.allocate(Nucleus(), B, V, torch.device("cpu"))
+    for name, values in params.items():
+        controls[name].copy_(torch.tensor(values)[:, None])
+    controls.seed.copy_(torch.randint(-(1 << 62), 1 << 62, (B, 1), generator=generator))
+    controls.position.copy_(torch.randint(1 << 40, (B, 1), generator=generator))
+    plain = Controls.draw(controls, Nucleus().filter(logits, controls))
+    moved = Controls(
+        {name: t.to(DEVICE) for name, t in controls.values.items()},
+        controls.seed.to(DEVICE),
+        controls.position.to(DEVICE),
+        {},
+        controls.ids.to(DEVICE),
+        controls.notes,
+    )
+    return plain.tolist(), kernels.sample(logits.to(DEVICE), moved, Packed.of(V).unit).tolist()
+
+
+@pytest.mark.parametrize("V", [1, 7, 257, 4096, 9000])
+@pytest.mark.parametrize("spread", [0.0, 0.5, 4.0])
+def test_the_same_tokens_as_the_plain_draw(V: int, spread: float) -> None:
+    top_p, temperature, top_k = [0.8, 0.3, 1.0, 0.0, 0.999], [1.0, 0.0, 2.0, 0.01], [0, 1, 5, 1 << 31]
+    settings = [(p, t, k) for p in top_p for t in temperature for k in top_k][::7]
+    logits = torch.randn(len(settings), V, generator=torch.Generator().manual_seed(V)) * spread
+    logits[::2] = logits[::2].round()  # many ties
+    p, t, k = (list(values) for values in zip(*settings, strict=True))
+    plain, fast = both(logits, top_p=p, temperature=t, top_k=k)
+    assert fast == plain
+
+
+def test_a_row_that_cannot_be_drawn_from_gives_minus_one_and_leaves_the_others_alone() -> None:
+    logits = torch.randn(6, 300, generator=torch.Generator().manual_seed(1))
+    logits[0, 5], logits[2, 7], logits[3, 299] = torch.nan, INF, torch.nan
+    logits[4] = -INF
+    plain, fast = both(logits)
+    assert fast == plain
+    assert [token < 0 for token in fast] == [True, False, True, True, True, False]
+
+
+def test_masked_tokens_are_never_drawn_and_the_mass_at_the_cut_is_shared() -> None:
+    logits = torch.full((100, 90), -INF)
+    logits[:, [10, 50, 89]] = torch.tensor([0.5, 0.25, 0.25]).log()
+    plain, fast = both(logits, top_p=[0.75] * 100)
+    assert fast == plain
+    counts = torch.bincount(torch.tensor(fast), minlength=90)[[10, 50, 89]].tolist()
+    assert sum(counts) == 100
+    assert 50 < counts[0] < 83  # 0.5 of 0.75, the two ties share the rest
+    assert min(counts[1:]) > 5
