@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import built, only, tiny_config
+from helpers import CPU, built, only, tiny_config
 from rwkv_backends import fused
 from rwkv_backends.fused import FAMILIES, PREFILLS, Fused
 from rwkv_backends.kernels.tuning import Tuning
 
+from rwkv_runtime.checkpoint import build_model
 from rwkv_runtime.model import Architecture, Model
 from rwkv_runtime.plugins import Plugins
 
@@ -37,8 +38,12 @@ def test_the_kernels_are_right_through_triton_s_interpreter() -> None:
 @needs_compiler
 @only("rwkv6")
 @pytest.mark.parametrize(
-    ("embd", "head_size", "vocab", "dtype"),
-    [(2048, 64, 512, torch.bfloat16), (768, 64, 300, torch.float16), (320, 32, 257, torch.float32)],
+    ("embd", "head_size", "vocab", "dtype", "quant"),
+    [
+        (2048, 64, 512, torch.bfloat16, None),
+        (768, 64, 300, torch.float16, "int8"),
+        (320, 32, 257, torch.float32, None),
+    ],
     ids=str,
 )
 def test_every_kernel_compiles_for_hopper_and_spills_nothing(
@@ -48,6 +53,7 @@ def test_every_kernel_compiles_for_hopper_and_spills_nothing(
     head_size: int,
     vocab: int,
     dtype: torch.dtype,
+    quant: str | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Weights are read sixteen bytes at a time."""
@@ -55,7 +61,7 @@ def test_every_kernel_compiles_for_hopper_and_spills_nothing(
     from sm90 import as_on_a_gpu, compiled
 
     config = architecture.sizes(1, embd, vocab, head_size)
-    model = built(architecture.random(config, dtype=dtype), plugins)
+    model = build_model(architecture.random(config, dtype=dtype), plugins.architectures, CPU, quant=quant)
     model = replace(model, weights=as_on_a_gpu(model.weights, dtype))
     shapes = [(1, 1), (2, 1), (32, 1), *((1, length) for length in PREFILLS)]
     kernels = compiled(rwkv6.forward(model, Tuning()), model, shapes, monkeypatch)

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from helpers import apart
 from rwkv_backends.kernels import chunk6, mixing, vector, wkv6
 from rwkv_backends.kernels.tuning import Tuning
+from rwkv_layers.linear import Matrix
+from rwkv_layers.matrices import quantize
 from torch import Tensor
 
 TUNING = Tuning(programs=3, tile_rows=4, value_rows=32, lerp_rows=32, lerp_cols=32)
@@ -38,6 +40,20 @@ class Draw:
 
     def norm(self) -> tuple[Tensor, Tensor]:
         return self(C), self(C)
+
+
+@pytest.fixture(params=[False, True], ids=["dense", "int8"])
+def int8(request: pytest.FixtureRequest) -> bool:
+    return request.param
+
+
+def stored(weight: Tensor, int8: bool) -> tuple[Matrix, Tensor]:
+    """A matrix [D, C], or several, as the model holds it, and what it stands for in float64."""
+    if not int8:
+        return Matrix(weight, None), weight.double()
+    values, scale = quantize(weight.float().flatten(0, -2))
+    values, scale = values.view(weight.shape), scale.view(weight.shape[:-1])
+    return Matrix(values, scale), values.double() * scale.double().unsqueeze(-1)
 
 
 def normed(x: Tensor, norm: tuple[Tensor, Tensor]) -> Tensor:
@@ -90,19 +106,21 @@ def test_shift_and_lerps(dtype: torch.dtype, T: int) -> None:
     assert torch.equal(prev, ours[0].view(B, T, C)[:, -1])
 
 
-def test_kvrg(dtype: torch.dtype) -> None:
+def test_kvrg(dtype: torch.dtype, int8: bool) -> None:
     draw = Draw(dtype)
-    mixed, w, low = draw(5, B, C), draw(4, C, C), draw.matrix(D, C)
-    ours = vector.kvrg(mixed, w, low, TUNING)
-    twins = torch.bmm(mixed[1:].double(), w.double().transpose(1, 2)), mixed[0].double() @ low.double().t()
+    mixed, low = draw(5, B, C), draw.matrix(D, C)
+    matrices, w = stored(draw(4, C, C), int8)
+    ours = vector.kvrg(mixed, matrices, low, TUNING)
+    twins = torch.bmm(mixed[1:].double(), w.transpose(1, 2)), mixed[0].double() @ low.double().t()
     close(dtype, *zip(ours, twins, strict=True))
 
 
-def test_add_product(dtype: torch.dtype) -> None:
+def test_add_product(dtype: torch.dtype, int8: bool) -> None:
     draw = Draw(dtype)
-    x, y, w = draw(B, C), draw(B, C), draw.matrix(C, C)
-    twin = x.double() + y.double() @ w.double().t()
-    vector.add_product(y, w, x, TUNING)
+    x, y = draw(B, C), draw(B, C)
+    matrix, w = stored(draw.matrix(C, C), int8)
+    twin = x.double() + y.double() @ w.t()
+    vector.add_product(y, matrix, x, TUNING)
     close(dtype, (x, twin))
 
 
@@ -129,23 +147,24 @@ def test_relu_squared(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_channel_mixing_of_few_rows(dtype: torch.dtype, share: float) -> None:
+def test_channel_mixing_of_few_rows(dtype: torch.dtype, share: float, int8: bool) -> None:
     """Whatever share of the inputs of the value matrix is zero."""
     draw = Draw(dtype)
     x, prev, norm, maa_k, maa_r = draw(B, C), draw(B, C), draw.norm(), draw(C), draw(C)
-    key, receptance, value = draw.matrix(WIDTH, C), draw.matrix(C, C), draw(WIDTH, C)
+    (key, key_w), (receptance, receptance_w) = (stored(draw.matrix(rows, C), int8) for rows in (WIDTH, C))
+    (value, scale), value_w = stored(draw(C, WIDTH), int8)
     kept = (torch.rand(WIDTH, generator=draw.generator) >= share).to(dtype)
     ours = vector.key_receptance(x, prev, norm, (maa_k, maa_r), key, receptance, TUNING)
     e = normed(x, norm)
     dx = shifted(e, prev, 1)
-    k = torch.relu((e + dx * maa_k.double()) @ key.double().t()) ** 2
-    r = torch.sigmoid((e + dx * maa_r.double()) @ receptance.double().t())
+    k = torch.relu((e + dx * maa_k.double()) @ key_w.t()) ** 2
+    r = torch.sigmoid((e + dx * maa_r.double()) @ receptance_w.t())
     close(dtype, *zip(ours, (e, k, r), strict=True))
 
     last, k, r = ours
     k *= kept
-    twin = (x.double() + r.double() * (k.double() @ value.double())) * 0.5
-    vector.add_value(k, r, value, last, x, prev, 0.5, TUNING)
+    twin = (x.double() + r.double() * (k.double() @ value_w.t())) * 0.5
+    vector.add_value(k, r, Matrix(value.t().contiguous(), scale), last, x, prev, 0.5, TUNING)
     close(dtype, (x, twin))
     assert torch.equal(prev, last)
 
@@ -156,16 +175,17 @@ def test_weights_of_zero_inputs_are_not_read() -> None:
     k, r, x, prev = draw(1, WIDTH).relu(), draw(1, C), draw(1, C), draw(1, C)
     value = draw(WIDTH, C)
     value[k[0] == 0] = torch.nan
-    vector.add_value(k, r, value, x.clone(), x, prev, 1.0, TUNING)
+    vector.add_value(k, r, Matrix(value, None), x.clone(), x, prev, 1.0, TUNING)
     assert bool(x.isfinite().all())
 
 
-def test_head(dtype: torch.dtype) -> None:
+def test_head(dtype: torch.dtype, int8: bool) -> None:
     draw = Draw(dtype)
-    x, norm, w = draw(B, C), draw.norm(), draw.matrix(V, C)
-    ours = vector.head(x, norm, w, TUNING)
+    x, norm = draw(B, C), draw.norm()
+    matrix, w = stored(draw.matrix(V, C), int8)
+    ours = vector.head(x, norm, matrix, TUNING)
     assert ours.dtype == torch.float32
-    close(dtype, (ours, normed(x, norm) @ w.double().t()))
+    close(dtype, (ours, normed(x, norm) @ w.t()))
 
 
 def recurrence(kvrg: Tensor, w: Tensor, u: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:

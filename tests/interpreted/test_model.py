@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import Tensors, apart, built, logits_of, off, tokens_of
+from helpers import CPU, Tensors, apart, built, logits_of, off, tokens_of
 from rwkv_backends.fused import FAMILIES, Fused
 from rwkv_backends.kernels import rwkv6
 from rwkv_backends.kernels.tuning import Tuning
 from torch import Tensor
 
+from rwkv_runtime.checkpoint import build_model
 from rwkv_runtime.model import Architecture, Model
 from rwkv_runtime.plugins import Plugins
 from rwkv_runtime.testing import check_backend
@@ -61,6 +62,15 @@ def test_halves_are_as_near_to_the_reference_as_plain_pytorch_is(
     plain = off(logits_of(model, tokens), expected)
     for tuning in (FEW, MANY):
         assert off(read(model, tuning, torch.tensor([tokens]), [1, 5, 1])[0], expected) < 1.5 * plain
+
+
+def test_int8_weights_give_what_plain_pytorch_makes_of_them(plugins: Plugins) -> None:
+    tensors = random(plugins.architectures.get("rwkv6"), 2, 48, 16, 37, 5)
+    model = build_model(tensors, plugins.architectures, CPU, quant="int8")
+    tokens = [t % 37 for t in tokens_of(9)]
+    expected = logits_of(model, tokens)
+    for tuning in (FEW, MANY):
+        assert apart(read(model, tuning, torch.tensor([tokens]), [1, 7, 1])[0], expected) < 1e-4
 
 
 def test_the_same_twice(plugins: Plugins) -> None:

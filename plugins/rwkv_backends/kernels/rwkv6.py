@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from rwkv_layers.linear import Matrix, dense, linear, linears
 from rwkv_layers.rwkv6 import RESCALE_EVERY, Block, Weights
 from torch import Tensor
 
@@ -18,7 +19,7 @@ class Layer(NamedTuple):
     """What the kernels read of one layer."""
 
     block: Block
-    value: Tensor  # [F, C]: the value matrix turned round, so that an input that is zero skips a row of it
+    value: Matrix  # [F, C]: the value matrix turned round, so that an input that is zero skips a row of it
     scale: float  # of the residual stream after this layer
 
 
@@ -27,8 +28,9 @@ def pack(weights: Weights, tuning: Tuning) -> list[Layer]:
     layers = []
     for i, block in enumerate(weights.blocks):
         halved = weights.rescaled and (i + 1) % RESCALE_EVERY == 0
-        turned = block.ffn.value.t().contiguous() if tuning.vector_rows else block.ffn.value.t()
-        layers.append(Layer(block, turned, 0.5 if halved else 1.0))
+        value, scale = block.ffn.value
+        turned = value.t().contiguous() if tuning.vector_rows else value.t()
+        layers.append(Layer(block, Matrix(turned, scale), 0.5 if halved else 1.0))
     return layers
 
 
@@ -52,7 +54,7 @@ def forward(model: Model, tuning: Tuning) -> Forward:
                 return logits.unsqueeze(1) if every else logits
             x = x.view(B, T, -1)
             x = x if every else x[:, -1]
-            return F.linear(F.layer_norm(x, x.shape[-1:], *weights.ln_out), weights.head).float()
+            return linear(F.layer_norm(x, x.shape[-1:], *weights.ln_out), weights.head).float()
 
     return run
 
@@ -76,10 +78,10 @@ def _many(x: Tensor, att_x: Tensor, att_kv: Tensor, ffn_x: Tensor, layer: Layer,
     att, ffn = layer.block.att, layer.block.ffn
     T = len(x) // len(att_x)
     normed, dx, first = mixing.shift(x, att_x, layer.block.ln1, att.maa_x, T)
-    lora = F.linear(first.to(att.maa_w1.dtype), att.maa_w1)  # on a CPU the adapters are float32
+    lora = dense(first.to(att.maa_w1.dtype), att.maa_w1)  # on a CPU the adapters are float32
     mixed = mixing.lerps(lora, normed, dx, att.maa_w2, att_x, T, tuning)
-    low = F.linear(mixed[0].to(att.decay_w1.dtype), att.decay_w1)
-    kvrg = torch.bmm(mixed[1:], att.kvrg.transpose(1, 2))
+    low = dense(mixed[0].to(att.decay_w1.dtype), att.decay_w1)
+    kvrg = linears(mixed[1:], att.kvrg)
     norm = att.ln_x_weight, att.ln_x_bias
     if T == 1:
         out = wkv6.wkv(kvrg, low, att.decay_w2, att.decay, att.bonus, norm, att_kv, x)
@@ -87,8 +89,11 @@ def _many(x: Tensor, att_x: Tensor, att_kv: Tensor, ffn_x: Tensor, layer: Layer,
         decays = chunk6.decays(low, att.decay_w2, att.decay, tuning)
         wkv = chunk6.wkv_chunked(kvrg, decays, att.bonus, att_kv, tuning)
         out = chunk6.norm_gate(wkv, kvrg[3], norm, x)
-    x.addmm_(out, att.output.t())
+    if att.output.scale is None:
+        x.addmm_(out, att.output.weight.t())
+    else:
+        x.add_(linear(out, att.output))
     maa = ffn.maa_k, ffn.maa_r
     key, receptance, last = mixing.shift_two(x, ffn_x, layer.block.ln2, maa, T)
-    k = mixing.relu_squared(F.linear(key, ffn.key))
-    mixing.gate(F.linear(receptance, ffn.receptance), F.linear(k, ffn.value), last, x, ffn_x, T, layer.scale)
+    k = mixing.relu_squared(linear(key, ffn.key))
+    mixing.gate(linear(receptance, ffn.receptance), linear(k, ffn.value), last, x, ffn_x, T, layer.scale)

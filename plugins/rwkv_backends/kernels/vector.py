@@ -2,7 +2,8 @@
 
 A row of the batch is an axis of the grid; the weights come from memory once and from the cache for the others.
 The vector is made where it is used: layer norm, token shift and interpolation are done again by each program, which
-costs less than one more kernel. A program asks for its first weights before it does so. Sums are float32.
+costs less than one more kernel. A program asks for its first weights before it does so. Sums are float32; weights of
+8 bits are read as they are.
 Annotations are real types, not strings: Triton reads them.
 """
 
@@ -11,6 +12,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from rwkv_layers.linear import Matrix
 from torch import Tensor
 
 from rwkv_backends.kernels.device import load_vector, norm_row, store
@@ -24,13 +26,18 @@ def tile(w_ptr, rows, end, cols, mask, C: tl.constexpr):
 
 
 @triton.jit
-def products(x, w, w_ptr, out_ptr, first, end, cols, mask, C: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
-             THEN: tl.constexpr):  # fmt: skip
-    """out[first:end] = THEN(W[first:end] x), for the ROWS x STEPS rows of one program; w holds the first ROWS."""
+def products(x, w, w_ptr, scale_ptr, scale_at, out_ptr, first, end, cols, mask, C: tl.constexpr, ROWS: tl.constexpr,
+             STEPS: tl.constexpr, THEN: tl.constexpr):  # fmt: skip
+    """out[first:end] = THEN(W[first:end] x), for the ROWS x STEPS rows of one program; w holds the first ROWS.
+
+    scale_ptr is None where the matrix is dense; otherwise row d is to be multiplied by what is at scale_at + d.
+    """
     for i in range(STEPS):
         rows = first + i * ROWS + tl.arange(0, ROWS)
         ahead = tile(w_ptr, rows + ROWS, end, cols, mask, C)
         y = tl.sum(w.to(tl.float32) * x[None, :], 1)
+        if scale_ptr is not None:
+            y *= tl.load(scale_ptr + scale_at + rows, mask=rows < end, other=0.0)
         if THEN == "relu squared":
             y = tl.maximum(y, 0.0)
             y = y * y
@@ -57,11 +64,11 @@ def shift_lora_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_ptr, w_ptr, nor
         store(normed_ptr + b * C + cols, x, mask)
         store(dx_ptr + b * C + cols, dx, mask)
     maa = load_vector(maa_ptr, cols, mask)
-    products(x + dx * maa, w, w_ptr, out_ptr + b * D, first, end, cols, mask, C, ROWS, STEPS, "")
+    products(x + dx * maa, w, w_ptr, None, 0, out_ptr + b * D, first, end, cols, mask, C, ROWS, STEPS, "")
 
 
 @triton.jit
-def kvrg_kernel(mixed_ptr, kvrg_ptr, low_ptr, kvrg_out, low_out, B, D, PER,
+def kvrg_kernel(mixed_ptr, kvrg_ptr, scale_ptr, low_ptr, kvrg_out, low_out, B, D, PER,
                 C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr):  # fmt: skip
     b = tl.program_id(1)
     part = tl.program_id(0) // PER  # of k, v, r, g, then the decay's adapter
@@ -74,17 +81,18 @@ def kvrg_kernel(mixed_ptr, kvrg_ptr, low_ptr, kvrg_out, low_out, B, D, PER,
         end = tl.minimum(first + ROWS * STEPS, C)
         w = tile(w_ptr, first + rows, end, cols, mask, C)
         x = load_vector(mixed_ptr + ((part + 1) * B + b) * C, cols, mask)
-        products(x, w, w_ptr, kvrg_out + (part * B + b) * C, first, end, cols, mask, C, ROWS, STEPS, "")
+        out_ptr = kvrg_out + (part * B + b) * C
+        products(x, w, w_ptr, scale_ptr, part * C, out_ptr, first, end, cols, mask, C, ROWS, STEPS, "")
     else:
         first = (tl.program_id(0) - 4 * PER) * ROWS * STEPS
         end = tl.minimum(first + ROWS * STEPS, D)
-        w = tile(low_ptr, first + rows, end, cols, mask, C)
+        low = tile(low_ptr, first + rows, end, cols, mask, C)
         x = load_vector(mixed_ptr + b * C, cols, mask)
-        products(x, w, low_ptr, low_out + b * D, first, end, cols, mask, C, ROWS, STEPS, "")
+        products(x, low, low_ptr, None, 0, low_out + b * D, first, end, cols, mask, C, ROWS, STEPS, "")
 
 
 @triton.jit
-def add_kernel(y_ptr, w_ptr, x_ptr, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+def add_kernel(y_ptr, w_ptr, scale_ptr, x_ptr, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
                STEPS: tl.constexpr):  # fmt: skip
     b = tl.program_id(1)
     first = tl.program_id(0) * ROWS * STEPS
@@ -93,13 +101,13 @@ def add_kernel(y_ptr, w_ptr, x_ptr, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: 
     mask = cols < C
     w = tile(w_ptr, first + tl.arange(0, ROWS), end, cols, mask, C)
     y = load_vector(y_ptr + b * C, cols, mask)
-    products(y, w, w_ptr, x_ptr + b * C, first, end, cols, mask, C, ROWS, STEPS, "add")
+    products(y, w, w_ptr, scale_ptr, 0, x_ptr + b * C, first, end, cols, mask, C, ROWS, STEPS, "add")
 
 
 @triton.jit
-def key_receptance_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_k_ptr, maa_r_ptr, key_ptr, receptance_ptr,
-                          normed_ptr, k_ptr, r_ptr, F, KEYS, C: tl.constexpr, BLOCK: tl.constexpr,
-                          ROWS: tl.constexpr, STEPS: tl.constexpr):  # fmt: skip
+def key_receptance_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_k_ptr, maa_r_ptr, key_ptr, key_scale_ptr,
+                          receptance_ptr, receptance_scale_ptr, normed_ptr, k_ptr, r_ptr, F, KEYS, C: tl.constexpr,
+                          BLOCK: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr):  # fmt: skip
     b = tl.program_id(1)
     cols = tl.arange(0, BLOCK)
     mask = cols < C
@@ -112,18 +120,20 @@ def key_receptance_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_k_ptr, maa_
         if tl.program_id(0) == 0:
             store(normed_ptr + b * C + cols, x, mask)
         x += (load_vector(prev_ptr + b * C, cols, mask) - x) * load_vector(maa_k_ptr, cols, mask)
-        products(x, w, key_ptr, k_ptr + b * F, first, end, cols, mask, C, ROWS, STEPS, "relu squared")
+        k_at = k_ptr + b * F
+        products(x, w, key_ptr, key_scale_ptr, 0, k_at, first, end, cols, mask, C, ROWS, STEPS, "relu squared")
     else:
         first = (tl.program_id(0) - KEYS) * ROWS * STEPS
         end = tl.minimum(first + ROWS * STEPS, C)
         w = tile(receptance_ptr, first + rows, end, cols, mask, C)
         x = norm_row(x_ptr + b * C, weight_ptr, bias_ptr, cols, mask, C)
         x += (load_vector(prev_ptr + b * C, cols, mask) - x) * load_vector(maa_r_ptr, cols, mask)
-        products(x, w, receptance_ptr, r_ptr + b * C, first, end, cols, mask, C, ROWS, STEPS, "sigmoid")
+        r_at = r_ptr + b * C
+        products(x, w, receptance_ptr, receptance_scale_ptr, 0, r_at, first, end, cols, mask, C, ROWS, STEPS, "sigmoid")
 
 
 @triton.jit
-def value_kernel(k_ptr, r_ptr, w_ptr, normed_ptr, x_ptr, prev_ptr, scale,
+def value_kernel(k_ptr, r_ptr, w_ptr, scale_ptr, normed_ptr, x_ptr, prev_ptr, scale,
                  C: tl.constexpr, F: tl.constexpr, TALL: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
     """A load that is masked out costs no traffic: rows of [F, C] whose input is zero are skipped, losslessly."""
     b = tl.program_id(1)
@@ -139,14 +149,16 @@ def value_kernel(k_ptr, r_ptr, w_ptr, normed_ptr, x_ptr, prev_ptr, scale,
         total += w.to(tl.float32) * k[:, None]
         k = ahead
     at = b * C + cols
-    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    x += tl.sum(total, 0) * tl.load(r_ptr + at, mask=mask, other=0.0)
-    store(x_ptr + at, x * scale, mask)
+    y = tl.sum(total, 0)
+    if scale_ptr is not None:
+        y *= tl.load(scale_ptr + cols, mask=mask, other=0.0)
+    y *= tl.load(r_ptr + at, mask=mask, other=0.0)
+    store(x_ptr + at, (tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32) + y) * scale, mask)
     store(prev_ptr + at, tl.load(normed_ptr + at, mask=mask, other=0.0), mask)
 
 
 @triton.jit
-def head_kernel(x_ptr, weight_ptr, bias_ptr, w_ptr, out_ptr, V, C: tl.constexpr, BLOCK: tl.constexpr,
+def head_kernel(x_ptr, weight_ptr, bias_ptr, w_ptr, scale_ptr, out_ptr, V, C: tl.constexpr, BLOCK: tl.constexpr,
                 ROWS: tl.constexpr, STEPS: tl.constexpr):  # fmt: skip
     b = tl.program_id(1)
     first = tl.program_id(0) * ROWS * STEPS
@@ -155,7 +167,7 @@ def head_kernel(x_ptr, weight_ptr, bias_ptr, w_ptr, out_ptr, V, C: tl.constexpr,
     mask = cols < C
     w = tile(w_ptr, first + tl.arange(0, ROWS), end, cols, mask, C)
     x = norm_row(x_ptr + b * C, weight_ptr, bias_ptr, cols, mask, C)
-    products(x, w, w_ptr, out_ptr + b.to(tl.int64) * V, first, end, cols, mask, C, ROWS, STEPS, "")
+    products(x, w, w_ptr, scale_ptr, 0, out_ptr + b.to(tl.int64) * V, first, end, cols, mask, C, ROWS, STEPS, "")
 
 
 class Rows(NamedTuple):
@@ -193,55 +205,58 @@ def shift_lora(
     return normed, dx, out
 
 
-def kvrg(mixed: Tensor, w: Tensor, low: Tensor, tuning: Tuning) -> tuple[Tensor, Tensor]:
+def kvrg(mixed: Tensor, w: Matrix, low: Tensor, tuning: Tuning) -> tuple[Tensor, Tensor]:
     """mixed [5, B, C] (w, k, v, r, g), w [4, C, C], low [D, C] -> float32 k, v, r, g [4, B, C], the decay's [B, D]."""
     (_, B, C), D = mixed.shape, low.shape[0]
     out, low_out = mixed.new_empty(4, B, C, dtype=torch.float32), mixed.new_empty(B, D, dtype=torch.float32)
     rows = Rows.of(C, 4 * C, tuning)
     per = rows.programs(C)
-    kvrg_kernel[4 * per + rows.programs(D), B](mixed, w, low, out, low_out, B, D, per, **rows.options)
+    kvrg_kernel[4 * per + rows.programs(D), B](mixed, *w, low, out, low_out, B, D, per, **rows.options)
     return out, low_out
 
 
-def add_product(y: Tensor, w: Tensor, x: Tensor, tuning: Tuning) -> None:
+def add_product(y: Tensor, w: Matrix, x: Tensor, tuning: Tuning) -> None:
     """x += W y, for y, x [B, C] and w [C, C]."""
     B, C = x.shape
     rows = Rows.of(C, C, tuning)
-    add_kernel[rows.programs(C), B](y, w, x, **rows.options)
+    add_kernel[rows.programs(C), B](y, *w, x, **rows.options)
 
 
 def key_receptance(
-    x: Tensor, prev: Tensor, norm: tuple[Tensor, Tensor], maa: tuple[Tensor, Tensor], key: Tensor, receptance: Tensor,
+    x: Tensor, prev: Tensor, norm: tuple[Tensor, Tensor], maa: tuple[Tensor, Tensor], key: Matrix, receptance: Matrix,
     tuning: Tuning,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """x, prev [B, C], key [F, C], receptance [C, C] -> LN(x) [B, C], relu(key)^2 [B, F], sigmoid(receptance) [B, C].
 
     The last is float32. `prev` is left for `add_value` to update: here every program reads all of it.
     """
-    (B, C), F = x.shape, key.shape[0]
+    (B, C), F = x.shape, key.weight.shape[0]
     normed, k, r = torch.empty_like(x), x.new_empty(B, F), x.new_empty(B, C, dtype=torch.float32)
     rows = Rows.of(C, F + C, tuning)
     keys = rows.programs(F)
     grid = (keys + rows.programs(C), B)
-    key_receptance_kernel[grid](x, prev, *norm, *maa, key, receptance, normed, k, r, F, keys, **rows.options)
+    key_receptance_kernel[grid](x, prev, *norm, *maa, *key, *receptance, normed, k, r, F, keys, **rows.options)
     return normed, k, r
 
 
 def add_value(
-    k: Tensor, r: Tensor, w: Tensor, normed: Tensor, x: Tensor, prev: Tensor, scale: float, tuning: Tuning
+    k: Tensor, r: Tensor, w: Matrix, normed: Tensor, x: Tensor, prev: Tensor, scale: float, tuning: Tuning
 ) -> None:
-    """x = (x + r W^T k) scale and prev = normed, for k [B, F], w [F, C] and r, normed, x, prev [B, C]."""
+    """x = (x + r W^T k) scale and prev = normed, for k [B, F], w [F, C] and r, normed, x, prev [B, C].
+
+    The scales of w, if it has any, are of its columns.
+    """
     (B, F), C = k.shape, x.shape[1]
     tall = min(tuning.value_rows, triton.next_power_of_2(F))
     grid = (triton.cdiv(C, tuning.value_cols), B)
     warps = max(1, min(16, tall * tuning.value_cols // 1024))  # 32 numbers a thread
-    value_kernel[grid](k, r, w, normed, x, prev, scale, C, F, tall, tuning.value_cols, num_warps=warps)
+    value_kernel[grid](k, r, *w, normed, x, prev, scale, C, F, tall, tuning.value_cols, num_warps=warps)
 
 
-def head(x: Tensor, norm: tuple[Tensor, Tensor], w: Tensor, tuning: Tuning) -> Tensor:
+def head(x: Tensor, norm: tuple[Tensor, Tensor], w: Matrix, tuning: Tuning) -> Tensor:
     """x [B, C], w [V, C] -> W LN(x), float32 [B, V]."""
-    (B, C), V = x.shape, w.shape[0]
+    (B, C), V = x.shape, w.weight.shape[0]
     out = x.new_empty(B, V, dtype=torch.float32)
     rows = Rows.of(C, V, tuning)
-    head_kernel[rows.programs(V), B](x, *norm, w, out, V, **rows.options)
+    head_kernel[rows.programs(V), B](x, *norm, *w, out, V, **rows.options)
     return out
