@@ -1,0 +1,78 @@
+"""Triton kernels and one CUDA graph: a decode step in about seven kernels a layer, prompts through fused chunks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from rwkv_backends.graphs import Graphs
+from rwkv_backends.kernels.tuning import Tuning
+from rwkv_runtime import Backend, Forward, Model, Tick, hookimpl
+
+FAMILIES = {"rwkv6": "rwkv_backends.kernels.rwkv6"}
+"""The module that has `forward(model, tuning)` for the architecture of a name."""
+HEAD_SIZES = (16, 32, 64, 128)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+PREFILLS = (2, 17)
+"""Lengths of prompt that between them start every variant of the kernels."""
+CAPABILITY = (8, 0)
+"""What the kernels need of a GPU: bfloat16."""
+
+
+class Fused(Backend):
+    name = "fused"
+    summary = "kernels of our own, a decode step as one CUDA graph; needs a GPU and Triton"
+    priority = 40
+
+    def __init__(self, tuning: Tuning | None = None) -> None:
+        self.tuning = tuning or Tuning()
+        self._graphs = Graphs()
+
+    def why_not(self, model: Model | None) -> str | None:
+        if find_spec("triton") is None:
+            return "Triton is not installed"
+        device = model.device if model else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if device.type != "cuda":
+            if not interpreted():
+                return "it needs a CUDA device"
+        elif interpreted():
+            return "Triton's interpreter is on (TRITON_INTERPRET), which is for the CPU"
+        elif torch.cuda.get_device_capability(device) < CAPABILITY:
+            return f"it needs a GPU of compute capability {'.'.join(map(str, CAPABILITY))} or later"
+        if model is None:
+            return None
+        if model.architecture.name not in FAMILIES:
+            return f"it has no kernels for {model.architecture.name}"
+        if model.config.head_size not in HEAD_SIZES:
+            return f"its heads are of {model.config.head_size}; there are kernels for {', '.join(map(str, HEAD_SIZES))}"
+        if model.dtype not in DTYPES:
+            return f"there are no kernels for {str(model.dtype).removeprefix('torch.')}"
+        if model.dtype == torch.bfloat16 and interpreted():
+            return "Triton's interpreter multiplies bfloat16 wrongly"
+        return None
+
+    def forward(self, model: Model) -> Forward:
+        family: Callable[[Model, Tuning], Forward] = import_module(FAMILIES[model.architecture.name]).forward
+        forward = family(model, self.tuning)
+        if model.device.type == "cuda":
+            for length in PREFILLS:  # compiles now, so that a failure shows here; decode steps are compiled by `freeze`
+                forward(torch.zeros(1, length, dtype=torch.int64, device=model.device), model.new_state())
+        return forward
+
+    def freeze(self, tick: Tick, buffers: Sequence[Tensor]) -> Tick:
+        return self._graphs.capture(tick, buffers) if buffers[0].is_cuda else tick
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels on the CPU, one operation at a time: for tests."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+@hookimpl
+def rwkv_backends() -> list[Backend]:
+    return [Fused()]

@@ -1,0 +1,65 @@
+"""A decode step as one CUDA graph: the host starts it once, not once a kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rwkv_runtime import Tick
+
+WARM_UPS = 3
+"""Runs before the capture: libraries make their work spaces and kernels are loaded, which a capture forbids."""
+
+
+class Graphs:
+    """Captures decode steps; their temporary memory is one pool, since no two of them run at once.
+
+    A tick may leave results in its buffers alone: what it allocates is used again by the next graph. All replays go
+    through the stream that is current, so those of one thread, or of several on the default stream, never overlap.
+    """
+
+    def __init__(self) -> None:
+        self._pools: dict[torch.device, Any] = {}
+
+    def capture(self, tick: Tick, buffers: Sequence[Tensor]) -> Tick:
+        """The tick as a graph, `buffers` (at least one, all on one device) as they were.
+
+        Raises RuntimeError where the tick waits for the device or does something else that a graph cannot hold.
+        """
+        device = buffers[0].device
+        with torch.cuda.device(device):
+            pool = self._pools.setdefault(device, torch.cuda.graph_pool_handle())
+            saved = [buffer.clone() for buffer in buffers]
+            try:
+                _warm_up(tick)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool):
+                    tick()
+            finally:
+                for buffer, value in zip(buffers, saved, strict=True):
+                    buffer.copy_(value)
+        return graph.replay
+
+
+def _warm_up(tick: Tick) -> None:
+    """Runs the tick on a stream of its own, the last time refusing what waits for the device.
+
+    A capture that fails half-way may leave the process unable to begin another; this fails before it.
+    """
+    current, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(current)
+    try:
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS - 1):
+                tick()
+            mode = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                tick()
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
+    finally:
+        current.wait_stream(side)

@@ -1,0 +1,158 @@
+"""What lies between the matrix products, for rows of any number: norms, token shift, interpolation, gates.
+
+M = B T rows of C channels; row m is token m % T of sequence m // T. Kernels are not specialized on these, so that
+another length of prompt compiles nothing. Annotations are real types, not strings: Triton reads them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rwkv_backends.kernels.device import load_vector, norm_row, store, tanh
+from rwkv_backends.kernels.tuning import Tuning
+
+
+@triton.jit
+def embed_kernel(tokens_ptr, emb_ptr, weight_ptr, bias_ptr, x_ptr, C: tl.constexpr, BLOCK: tl.constexpr):
+    m = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    mask = cols < C
+    x = norm_row(emb_ptr + tl.load(tokens_ptr + m) * C, weight_ptr, bias_ptr, cols, mask, C)
+    store(x_ptr + m * C + cols, x, mask)
+
+
+@triton.jit
+def normed_pair(x_ptr, prev_ptr, weight_ptr, bias_ptr, m, T, cols, mask, C: tl.constexpr):
+    """Row m after its norm, and how far the row before it is from that."""
+    x = norm_row(x_ptr + m * C, weight_ptr, bias_ptr, cols, mask, C)
+    first = m % T == 0
+    before = norm_row(x_ptr + tl.maximum(m - 1, 0) * C, weight_ptr, bias_ptr, cols, mask, C)
+    kept = load_vector(prev_ptr + m // T * C, cols, cols < tl.where(first, C, 0))
+    before = tl.where(first, kept, before)
+    return x, before - x
+
+
+@triton.jit(do_not_specialize=["T"])
+def shift_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_ptr, normed_ptr, dx_ptr, out_ptr, T,
+                 C: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    m = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    mask = cols < C
+    x, dx = normed_pair(x_ptr, prev_ptr, weight_ptr, bias_ptr, m, T, cols, mask, C)
+    store(normed_ptr + m * C + cols, x, mask)
+    store(dx_ptr + m * C + cols, dx, mask)
+    store(out_ptr + m * C + cols, x + dx * load_vector(maa_ptr, cols, mask), mask)
+
+
+@triton.jit(do_not_specialize=["T"])
+def shift_two_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_k_ptr, maa_r_ptr, k_ptr, r_ptr, last_ptr, T,
+                     C: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    m = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    mask = cols < C
+    x, dx = normed_pair(x_ptr, prev_ptr, weight_ptr, bias_ptr, m, T, cols, mask, C)
+    store(k_ptr + m * C + cols, x + dx * load_vector(maa_k_ptr, cols, mask), mask)
+    store(r_ptr + m * C + cols, x + dx * load_vector(maa_r_ptr, cols, mask), mask)
+    store(last_ptr + m // T * C + cols, x, cols < tl.where(m % T == T - 1, C, 0))
+
+
+@triton.jit(do_not_specialize=["M", "T"])
+def lerps_kernel(lora_ptr, normed_ptr, dx_ptr, w_ptr, out_ptr, prev_ptr, M, T, R: tl.constexpr, C: tl.constexpr,
+                 RANK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
+    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    rank = tl.arange(0, RANK)
+    mask = (m < M)[:, None] & (cols < C)[None, :]
+    at = m[:, None] * C + cols[None, :]
+    x = tl.load(normed_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    dx = tl.load(dx_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    for i in tl.static_range(5):
+        lora_at = m[:, None] * (5 * R) + i * R + rank[None, :]
+        lora = tl.load(lora_ptr + lora_at, mask=(m < M)[:, None] & (rank < R)[None, :], other=0.0)
+        w_at = (i * (R + 1) + rank)[:, None] * C + cols[None, :]
+        w = tl.load(w_ptr + w_at, mask=(rank < R)[:, None] & (cols < C)[None, :], other=0.0)
+        maa = load_vector(w_ptr + (i * (R + 1) + R) * C, cols, cols < C)
+        mix = tl.dot(tanh(lora.to(tl.float32)).to(w.dtype), w, input_precision="ieee") + maa[None, :]
+        store(out_ptr + (i * M + m)[:, None] * C + cols[None, :], x + dx * mix, mask)
+    store(prev_ptr + (m // T)[:, None] * C + cols[None, :], x, mask & (m % T == T - 1)[:, None])
+
+
+@triton.jit
+def relu_squared_kernel(k_ptr, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    k = tl.maximum(tl.load(k_ptr + at, mask=at < size, other=0.0).to(tl.float32), 0.0)
+    store(k_ptr + at, k * k, at < size)
+
+
+@triton.jit(do_not_specialize=["T"])
+def gate_kernel(r_ptr, v_ptr, last_ptr, x_ptr, prev_ptr, T, scale, C: tl.constexpr, BLOCK: tl.constexpr):
+    m = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    mask = cols < C
+    x = load_vector(x_ptr + m * C, cols, mask)
+    x += tl.sigmoid(load_vector(r_ptr + m * C, cols, mask)) * load_vector(v_ptr + m * C, cols, mask)
+    store(x_ptr + m * C + cols, x * scale, mask)
+    mask = cols < tl.where(m % T == T - 1, C, 0)
+    store(prev_ptr + m // T * C + cols, load_vector(last_ptr + m // T * C, cols, mask), mask)
+
+
+def across(C: int) -> dict[str, int]:
+    """Options of a kernel whose programs each hold a row of C channels."""
+    block = triton.next_power_of_2(C)
+    return {"C": C, "BLOCK": block, "num_warps": max(1, min(8, block // 256))}
+
+
+def embed(tokens: Tensor, emb: Tensor, norm: tuple[Tensor, Tensor]) -> Tensor:
+    """tokens int64 [M], emb [V, C] -> their rows after a layer norm [M, C]."""
+    C = emb.shape[1]
+    x = emb.new_empty(len(tokens), C)
+    embed_kernel[len(tokens),](tokens, emb, *norm, x, **across(C))
+    return x
+
+
+def shift(x: Tensor, prev: Tensor, norm: tuple[Tensor, Tensor], maa: Tensor, T: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x [M, C], prev [B, C] -> LN(x), dx (what the token before leaves, minus that) and LN(x) + dx maa, all [M, C]."""
+    M, C = x.shape
+    normed, dx, out = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
+    shift_kernel[M,](x, prev, *norm, maa, normed, dx, out, T, **across(C))
+    return normed, dx, out
+
+
+def shift_two(
+    x: Tensor, prev: Tensor, norm: tuple[Tensor, Tensor], maa: tuple[Tensor, Tensor], T: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x [M, C], prev [B, C] -> LN(x) + dx maa for both [M, C], and LN(x) of each sequence's last token [B, C].
+
+    `prev` is left for `gate` to update: the program of a first token reads it, that of a last one would write it.
+    """
+    M, C = x.shape
+    k, r, last = torch.empty_like(x), torch.empty_like(x), torch.empty_like(prev)
+    shift_two_kernel[M,](x, prev, *norm, *maa, k, r, last, T, **across(C))
+    return k, r, last
+
+
+def lerps(lora: Tensor, normed: Tensor, dx: Tensor, w: Tensor, prev: Tensor, T: int, tuning: Tuning) -> Tensor:
+    """normed + dx (tanh(lora) W + maa): lora [M, 5R], w [5, R + 1, C], its last row maa -> [5, M, C].
+
+    Writes what the next token is shifted from: prev [B, C] = normed of each sequence's last token.
+    """
+    (M, C), R = normed.shape, w.shape[1] - 1
+    out = normed.new_empty(5, M, C)
+    rows, cols = tuning.lerp_tile(M, C, w.element_size())
+    rank = max(16, triton.next_power_of_2(R))
+    grid = (triton.cdiv(M, rows), triton.cdiv(C, cols))
+    lerps_kernel[grid](lora, normed, dx, w, out, prev, M, T, R, C, rank, rows, cols)
+    return out
+
+
+def relu_squared(k: Tensor) -> Tensor:
+    """In place."""
+    relu_squared_kernel[triton.cdiv(k.numel(), 2048),](k, k.numel(), 2048)
+    return k
+
+
+def gate(r: Tensor, v: Tensor, last: Tensor, x: Tensor, prev: Tensor, T: int, scale: float) -> None:
+    """x = (x + sigmoid(r) v) scale, all [M, C], and prev = last [B, C]."""
+    M, C = x.shape
+    gate_kernel[M,](r, v, last, x, prev, T, scale, **across(C))

@@ -1,0 +1,99 @@
+"""RWKV-6's forward pass in kernels: about seven a layer for a token of few rows, products by cuBLAS for many."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from rwkv_layers.linear import Matrix, dense, linear, linears
+from rwkv_layers.rwkv6 import RESCALE_EVERY, Block, Weights
+from torch import Tensor
+
+from rwkv_backends.kernels import chunk6, mixing, vector, wkv6
+from rwkv_backends.kernels.tuning import Tuning
+from rwkv_runtime import Forward, Model, State
+
+
+class Layer(NamedTuple):
+    """What the kernels read of one layer."""
+
+    block: Block
+    value: Matrix  # [F, C]: the value matrix turned round, so that an input that is zero skips a row of it
+    scale: float  # of the residual stream after this layer
+
+
+def pack(weights: Weights, tuning: Tuning) -> list[Layer]:
+    """The one place where weights are put into the form that kernels read. The value matrices are copied."""
+    layers = []
+    for i, block in enumerate(weights.blocks):
+        halved = weights.rescaled and (i + 1) % RESCALE_EVERY == 0
+        value, scale = block.ffn.value
+        turned = value.t().contiguous() if tuning.vector_rows else value.t()
+        layers.append(Layer(block, Matrix(turned, scale), 0.5 if halved else 1.0))
+    return layers
+
+
+def forward(model: Model, tuning: Tuning) -> Forward:
+    """The forward pass of a model; see `Forward` for what it takes."""
+    weights: Weights = model.weights
+    layers = pack(weights, tuning)
+
+    def run(tokens: Tensor, state: State, every: bool = False) -> Tensor:
+        B, T = tokens.shape
+        with torch.cuda.device_of(tokens):
+            x = mixing.embed(tokens.flatten().contiguous(), weights.emb, weights.ln0)
+            few = T == 1 and tuning.vector_rows >= B
+            layer = _few if few else _many
+            # One layer of a state is contiguous, whichever of its rows a view has; the engine moves rows so that
+            # those at work are always the first: no kernel needs to be told which they are.
+            for i, weight in enumerate(layers):
+                layer(x, state["att_x_prev"][i], state["att_kv"][i], state["ffn_x_prev"][i], weight, tuning)
+            if few:
+                logits = vector.head(x, weights.ln_out, weights.head, tuning)
+                return logits.unsqueeze(1) if every else logits
+            x = x.view(B, T, -1)
+            x = x if every else x[:, -1]
+            return linear(F.layer_norm(x, x.shape[-1:], *weights.ln_out), weights.head).float()
+
+    return run
+
+
+def _few(x: Tensor, att_x: Tensor, att_kv: Tensor, ffn_x: Tensor, layer: Layer, tuning: Tuning) -> None:
+    """One token of each row: x [B, C] and the state of the layer are updated in place."""
+    att, ffn = layer.block.att, layer.block.ffn
+    normed, dx, lora = vector.shift_lora(x, att_x, layer.block.ln1, att.maa_x, att.maa_w1, tuning)
+    mixed = mixing.lerps(lora, normed, dx, att.maa_w2, att_x, 1, tuning)
+    kvrg, low = vector.kvrg(mixed, att.kvrg, att.decay_w1, tuning)
+    norm = att.ln_x_weight, att.ln_x_bias
+    out = wkv6.wkv(kvrg, low, att.decay_w2, att.decay, att.bonus, norm, att_kv, x)
+    vector.add_product(out, att.output, x, tuning)
+    maa = ffn.maa_k, ffn.maa_r
+    normed, k, r = vector.key_receptance(x, ffn_x, layer.block.ln2, maa, ffn.key, ffn.receptance, tuning)
+    vector.add_value(k, r, layer.value, normed, x, ffn_x, layer.scale, tuning)
+
+
+def _many(x: Tensor, att_x: Tensor, att_kv: Tensor, ffn_x: Tensor, layer: Layer, tuning: Tuning) -> None:
+    """Any number of rows and tokens: x [B*T, C] and the state of the layer are updated in place."""
+    att, ffn = layer.block.att, layer.block.ffn
+    T = len(x) // len(att_x)
+    normed, dx, first = mixing.shift(x, att_x, layer.block.ln1, att.maa_x, T)
+    lora = dense(first.to(att.maa_w1.dtype), att.maa_w1)  # on a CPU the adapters are float32
+    mixed = mixing.lerps(lora, normed, dx, att.maa_w2, att_x, T, tuning)
+    low = dense(mixed[0].to(att.decay_w1.dtype), att.decay_w1)
+    kvrg = linears(mixed[1:], att.kvrg)
+    norm = att.ln_x_weight, att.ln_x_bias
+    if T == 1:
+        out = wkv6.wkv(kvrg, low, att.decay_w2, att.decay, att.bonus, norm, att_kv, x)
+    else:
+        decays = chunk6.decays(low, att.decay_w2, att.decay, tuning)
+        wkv = chunk6.wkv_chunked(kvrg, decays, att.bonus, att_kv, tuning)
+        out = chunk6.norm_gate(wkv, kvrg[3], norm, x)
+    if att.output.scale is None:
+        x.addmm_(out, att.output.weight.t())
+    else:
+        x.add_(linear(out, att.output))
+    maa = ffn.maa_k, ffn.maa_r
+    key, receptance, last = mixing.shift_two(x, ffn_x, layer.block.ln2, maa, T)
+    k = mixing.relu_squared(linear(key, ffn.key))
+    mixing.gate(linear(receptance, ffn.receptance), linear(k, ffn.value), last, x, ffn_x, T, layer.scale)

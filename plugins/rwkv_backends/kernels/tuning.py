@@ -1,0 +1,38 @@
+"""Sizes that decide how fast the kernels are, never what they compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The defaults are for an H100's 132 multiprocessors. All but the counts of rows and programs are powers of two."""
+
+    vector_rows: int = 2
+    """Up to this batch size a decode step takes the kernels that read each weight once a row and skip what is zero;
+    beyond it cuBLAS, with the rest fused around it."""
+    programs: int = 528
+    """About how many programs share the rows of a large matrix: four for each multiprocessor."""
+    tile_rows: int = 4
+    """Rows of a matrix that a program holds at once, each from end to end."""
+    value_rows: int = 1024
+    """Inputs of the value matrix that a program looks at together; those that are zero are not read."""
+    value_cols: int = 16
+    """Its outputs: one program each so many."""
+    lerp_rows: int = 64
+    """Tokens of one program that mixes inputs, where there are more than 16; half as many in float32."""
+    lerp_cols: int = 64
+    """Its channels."""
+    chunk: int = 16
+    """Tokens of a prompt between two states that are computed: at least 16, as a matrix product of Triton has."""
+    state_cols: int = 32
+    """Columns of a head's state that one program carries through a prompt: from 16 to the head size."""
+
+    def lerp_tile(self, M: int, C: int, width: int) -> tuple[int, int]:
+        """Tokens and channels of a program that multiplies by an adapter of numbers of `width` bytes.
+
+        M tokens of C channels in all. float32 is multiplied by the ordinary units, which takes twice the registers.
+        """
+        channels = 1 << max(4, (C - 1).bit_length())
+        return 16 if M <= 16 else self.lerp_rows * 2 // width, min(self.lerp_cols, channels)

@@ -1,0 +1,41 @@
+"""Kernels through Triton's interpreter: only in a process of their own, which `tests/test_fused.py` starts.
+
+Triton reads TRITON_INTERPRET when it is imported, and then neither compiles for a GPU nor leaves torch.compile alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from rwkv_backends.fused import interpreted
+
+collect_ignore_glob = [] if interpreted() else ["test_*.py"]
+
+
+@pytest.fixture(autouse=True)
+def bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter keeps bfloat16 as its bits, and multiplies matrices of them as whole numbers."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def widened(a: TensorHandle) -> TensorHandle:
+        if a.dtype.scalar != tl.bfloat16:
+            return a
+        return TensorHandle((a.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    create_dot = InterpreterBuilder.create_dot
+    monkeypatch.setattr(
+        InterpreterBuilder, "create_dot", lambda self, a, b, *rest: create_dot(self, widened(a), widened(b), *rest)
+    )
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """All memory that a kernel is to write begins as NaN: a place left out shows."""
+    torch.use_deterministic_algorithms(True)
+    assert bool(torch.empty(3).isnan().all())
+    yield
+    torch.use_deterministic_algorithms(False)

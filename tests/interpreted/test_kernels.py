@@ -1,0 +1,277 @@
+"""Each kernel does what its naive twin does, on shapes off the sizes of its tiles."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import apart
+from rwkv_backends.kernels import chunk6, mixing, vector, wkv6
+from rwkv_backends.kernels.tuning import Tuning
+from rwkv_layers.linear import Matrix
+from rwkv_layers.matrices import quantize
+from torch import Tensor
+
+TUNING = Tuning(programs=3, tile_rows=4, value_rows=32, lerp_rows=32, lerp_cols=32)
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.02}
+B, C, V, R, D = 2, 40, 37, 5, 9  # C and the rest are no powers of two
+WIDTH = 70  # of the channel mixing
+DECAYS = {"usual": (-3.0, 0.5), "strong": (2.0, 3.0), "dead": (5.0, 80.0), "weak": (-30.0, -10.0), "all": (-20.0, 6.0)}
+"""log w = -e^x for x between these."""
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+class Draw:
+    """Random tensors, the same at every run."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype, self.generator = dtype, torch.Generator().manual_seed(0)
+
+    def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.randn(shape, generator=self.generator).to(dtype or self.dtype)
+
+    def matrix(self, rows: int, cols: int) -> Tensor:
+        """What makes of numbers of about 1 others of about 1."""
+        return (torch.randn((rows, cols), generator=self.generator) / cols**0.5).to(self.dtype)
+
+    def norm(self) -> tuple[Tensor, Tensor]:
+        return self(C), self(C)
+
+
+@pytest.fixture(params=[False, True], ids=["dense", "int8"])
+def int8(request: pytest.FixtureRequest) -> bool:
+    return request.param
+
+
+def stored(weight: Tensor, int8: bool) -> tuple[Matrix, Tensor]:
+    """A matrix [D, C], or several, as the model holds it, and what it stands for in float64."""
+    if not int8:
+        return Matrix(weight, None), weight.double()
+    values, scale = quantize(weight.float().flatten(0, -2))
+    values, scale = values.view(weight.shape), scale.view(weight.shape[:-1])
+    return Matrix(values, scale), values.double() * scale.double().unsqueeze(-1)
+
+
+def normed(x: Tensor, norm: tuple[Tensor, Tensor]) -> Tensor:
+    """Layer norm in float64, rounded as the model keeps it."""
+    return F.layer_norm(x.double(), [C], norm[0].double(), norm[1].double()).to(x.dtype).double()
+
+
+def shifted(x: Tensor, prev: Tensor, T: int) -> Tensor:
+    """What each row of [B*T, C] sees of the one before it, minus itself."""
+    by_row = x.view(-1, T, C)
+    return (torch.cat([prev.double().unsqueeze(1), by_row[:, :-1]], 1) - by_row).view(-1, C)
+
+
+def close(dtype: torch.dtype, *pairs: tuple[Tensor, Tensor]) -> None:
+    for ours, theirs in pairs:
+        assert apart(ours, theirs) < TOLERANCE[dtype]
+
+
+def test_embed(dtype: torch.dtype) -> None:
+    draw = Draw(dtype)
+    tokens, emb, norm = torch.tensor([3, 0, 36]), draw(V, C), draw.norm()
+    close(dtype, (mixing.embed(tokens, emb, norm), normed(emb[tokens], norm)))
+
+
+def test_shift_lora(dtype: torch.dtype) -> None:
+    draw = Draw(dtype)
+    x, prev, norm, maa, w = draw(B, C), draw(B, C), draw.norm(), draw(C), draw.matrix(5 * R, C)
+    ours = vector.shift_lora(x, prev, norm, maa, w, TUNING)
+    e = normed(x, norm)
+    dx = shifted(e, prev, 1)
+    close(dtype, *zip(ours, (e, dx, (e + dx * maa.double()) @ w.double().t()), strict=True))
+
+
+@pytest.mark.parametrize("T", [1, 7, 18])
+def test_shift_and_lerps(dtype: torch.dtype, T: int) -> None:
+    draw = Draw(dtype)
+    M = B * T
+    x, prev, norm, maa, w = draw(M, C), draw(B, C), draw.norm(), draw(C), draw(5, R + 1, C)
+    lora, before = draw(M, 5 * R), prev.clone()
+    ours = mixing.shift(x, prev, norm, maa, T)
+    e = normed(x, norm)
+    dx = shifted(e, prev, T)
+    close(dtype, *zip(ours, (e, dx, e + dx * maa.double()), strict=True))
+    assert torch.equal(prev, before)
+
+    mixed = mixing.lerps(lora, ours[0], ours[1], w, prev, T, TUNING)
+    low = torch.tanh(lora.double()).view(M, 5, R).transpose(0, 1)
+    mix = torch.bmm(low, w.double()[:, :R]) + w.double()[:, R:]
+    close(dtype, (mixed, e + dx * mix))
+    assert torch.equal(prev, ours[0].view(B, T, C)[:, -1])
+
+
+def test_kvrg(dtype: torch.dtype, int8: bool) -> None:
+    draw = Draw(dtype)
+    mixed, low = draw(5, B, C), draw.matrix(D, C)
+    matrices, w = stored(draw(4, C, C), int8)
+    ours = vector.kvrg(mixed, matrices, low, TUNING)
+    twins = torch.bmm(mixed[1:].double(), w.transpose(1, 2)), mixed[0].double() @ low.double().t()
+    close(dtype, *zip(ours, twins, strict=True))
+
+
+def test_add_product(dtype: torch.dtype, int8: bool) -> None:
+    draw = Draw(dtype)
+    x, y = draw(B, C), draw(B, C)
+    matrix, w = stored(draw.matrix(C, C), int8)
+    twin = x.double() + y.double() @ w.t()
+    vector.add_product(y, matrix, x, TUNING)
+    close(dtype, (x, twin))
+
+
+@pytest.mark.parametrize("T", [1, 5])
+def test_channel_mixing_of_many_rows(dtype: torch.dtype, T: int) -> None:
+    draw = Draw(dtype)
+    M = B * T
+    x, prev, norm, maa_k, maa_r = draw(M, C), draw(B, C), draw.norm(), draw(C), draw(C)
+    k, r, last = mixing.shift_two(x, prev, norm, (maa_k, maa_r), T)
+    e = normed(x, norm)
+    dx = shifted(e, prev, T)
+    close(dtype, (k, e + dx * maa_k.double()), (r, e + dx * maa_r.double()), (last, e.view(B, T, C)[:, -1]))
+    twin = (x.double() + torch.sigmoid(r.double()) * k.double()) * 0.5
+    mixing.gate(r, k, last, x, prev, T, 0.5)
+    close(dtype, (x, twin))
+    assert torch.equal(prev, last)
+
+
+def test_relu_squared(dtype: torch.dtype) -> None:
+    k = Draw(dtype)(30, 70)  # more than one program's share, and not a multiple of it
+    twin = torch.relu(k.double()) ** 2
+    assert mixing.relu_squared(k) is k
+    close(dtype, (k, twin))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_channel_mixing_of_few_rows(dtype: torch.dtype, share: float, int8: bool) -> None:
+    """Whatever share of the inputs of the value matrix is zero."""
+    draw = Draw(dtype)
+    x, prev, norm, maa_k, maa_r = draw(B, C), draw(B, C), draw.norm(), draw(C), draw(C)
+    (key, key_w), (receptance, receptance_w) = (stored(draw.matrix(rows, C), int8) for rows in (WIDTH, C))
+    (value, scale), value_w = stored(draw(C, WIDTH), int8)
+    kept = (torch.rand(WIDTH, generator=draw.generator) >= share).to(dtype)
+    ours = vector.key_receptance(x, prev, norm, (maa_k, maa_r), key, receptance, TUNING)
+    e = normed(x, norm)
+    dx = shifted(e, prev, 1)
+    k = torch.relu((e + dx * maa_k.double()) @ key_w.t()) ** 2
+    r = torch.sigmoid((e + dx * maa_r.double()) @ receptance_w.t())
+    close(dtype, *zip(ours, (e, k, r), strict=True))
+
+    last, k, r = ours
+    k *= kept
+    twin = (x.double() + r.double() * (k.double() @ value_w.t())) * 0.5
+    vector.add_value(k, r, Matrix(value.t().contiguous(), scale), last, x, prev, 0.5, TUNING)
+    close(dtype, (x, twin))
+    assert torch.equal(prev, last)
+
+
+def test_weights_of_zero_inputs_are_not_read() -> None:
+    """NaN in their place goes unnoticed."""
+    draw = Draw(torch.float32)
+    k, r, x, prev = draw(1, WIDTH).relu(), draw(1, C), draw(1, C), draw(1, C)
+    value = draw(WIDTH, C)
+    value[k[0] == 0] = torch.nan
+    vector.add_value(k, r, Matrix(value, None), x.clone(), x, prev, 1.0, TUNING)
+    assert bool(x.isfinite().all())
+
+
+def test_head(dtype: torch.dtype, int8: bool) -> None:
+    draw = Draw(dtype)
+    x, norm = draw(B, C), draw.norm()
+    matrix, w = stored(draw.matrix(V, C), int8)
+    ours = vector.head(x, norm, matrix, TUNING)
+    assert ours.dtype == torch.float32
+    close(dtype, (ours, normed(x, norm) @ w.t()))
+
+
+def recurrence(kvrg: Tensor, w: Tensor, u: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """The definition, in float64: kvrg [4, B*T, C], w [B*T, C] -> o [B*T, C] and the last state."""
+    B, H, N, _ = s.shape
+    k, v, r, _ = kvrg.double().view(4, B, -1, H, N).unbind(0)
+    w, u, s = w.double().view(B, -1, H, N), u.double(), s.double()
+    outs = []
+    for t in range(k.shape[1]):
+        kv = torch.einsum("bhk,bhv->bhkv", k[:, t], v[:, t])
+        outs.append(torch.einsum("bhk,bhkv->bhv", r[:, t], s + u[None, :, :, None] * kv))
+        s = w[:, t][..., None] * s + kv
+    return torch.stack(outs, 1).reshape(-1, H * N), s
+
+
+def gated(o: Tensor, g: Tensor, norm: tuple[Tensor, Tensor]) -> Tensor:
+    o = F.group_norm(o, len(norm[0]), norm[0].double().flatten(), norm[1].double().flatten(), 64e-5)
+    return o * F.silu(g.double())
+
+
+@pytest.mark.parametrize("N", [16, 32])
+@pytest.mark.parametrize("decay", sorted(DECAYS))
+def test_one_token_through_the_wkv(dtype: torch.dtype, decay: str, N: int) -> None:
+    draw, H = Draw(dtype), 2
+    full = torch.float32
+    kvrg, low, w = draw(4, B, H * N, dtype=full), draw(B, D, dtype=full), 0.1 * draw(H * N, D)
+    raw = torch.empty(H * N).uniform_(*DECAYS[decay], generator=draw.generator)
+    u, norm = draw(H, N, dtype=full), (draw(H, N, dtype=full), draw(H, N, dtype=full))
+    kv = draw(B + 1, H, N, N, dtype=full)
+    decays = torch.exp(-torch.exp(raw.double() + torch.tanh(low.double()) @ w.double().t()))
+    o, end = recurrence(kvrg, decays, u, kv[:B])
+    spare = kv[B].clone()
+    out = wkv6.wkv(kvrg, low, w, raw, u, norm, kv[:B], draw(1))
+    close(dtype, (out, gated(o, kvrg[3], norm)), (kv[:B], end))
+    assert out.dtype == dtype
+    assert torch.equal(kv[B], spare)
+
+
+@pytest.mark.parametrize("T", [2, 16, 17, 50])
+@pytest.mark.parametrize("decay", sorted(DECAYS))
+def test_many_tokens_through_the_wkv(decay: str, T: int) -> None:
+    draw, H, N = Draw(torch.float32), 2, 32
+    kvrg, u, kv = draw(4, B * T, H * N), draw(H, N), draw(B, H, N, N)
+    raw = torch.empty(B * T, H * N).uniform_(*DECAYS[decay], generator=draw.generator)
+    w = torch.exp(-torch.exp(raw))
+    o, end = recurrence(kvrg, w, u, kv)
+    out = chunk6.wkv_chunked(kvrg, w, u, kv, Tuning(state_cols=16))
+    close(torch.float32, (out, o), (kv, end))
+
+
+def test_chunks_of_any_length_and_halves_give_the_same() -> None:
+    draw, H, N, T = Draw(torch.bfloat16), 1, 16, 70
+    kvrg, u, kv = draw(4, T, N), draw(H, N, dtype=torch.float32), draw(1, H, N, N, dtype=torch.float32)
+    w = torch.exp(-torch.exp(torch.empty(T, N).uniform_(-8, 3, generator=draw.generator)))
+    o, end = recurrence(kvrg, w, u, kv)
+    for chunk in (16, 32):
+        state = kv.clone()
+        out = chunk6.wkv_chunked(kvrg, w, u, state, Tuning(chunk=chunk))
+        assert out.dtype == torch.float32
+        close(torch.float32, (out, o), (state, end))  # half inputs are computed in float32
+
+
+def test_a_decay_of_zero_forgets_all_and_of_one_keeps_all() -> None:
+    draw, N, T = Draw(torch.float32), 16, 20
+    kvrg, u, kv = draw(4, T, N), draw(1, N), draw(1, 1, N, N)
+    k, v = kvrg[0], kvrg[1]
+    start = kv.clone()
+    chunk6.wkv_chunked(kvrg, torch.zeros(T, N), u, kv, Tuning())
+    torch.testing.assert_close(kv[0, 0], torch.outer(k[-1], v[-1]))
+    chunk6.wkv_chunked(kvrg, torch.ones(T, N), u, start.copy_(kv), Tuning())
+    torch.testing.assert_close(start, kv + k.t() @ v)
+
+
+def test_decays(dtype: torch.dtype) -> None:
+    draw, M = Draw(dtype), 19
+    low, w, decay = draw(M, D), 0.3 * draw(C, D), torch.linspace(-20.0, 6.0, C)
+    twin = torch.exp(-torch.exp(decay.double() + torch.tanh(low.double()) @ w.double().t()))
+    ours = chunk6.decays(low, w, decay, TUNING)
+    assert ours.dtype == torch.float32
+    close(dtype, (ours, twin))
+
+
+def test_norm_gate(dtype: torch.dtype) -> None:
+    draw, M, H, N = Draw(dtype), 3, 3, 16
+    full = torch.float32
+    o, g, norm = draw(M, H * N, dtype=full), draw(M, H * N), (draw(H, N, dtype=full), draw(H, N, dtype=full))
+    out = chunk6.norm_gate(o, g, norm, g)
+    assert out.dtype == dtype
+    close(dtype, (out, gated(o.double(), g, norm)))

@@ -1,0 +1,115 @@
+"""The fused backend where there is no GPU: its kernels interpreted, its kernels compiled, its reasons to refuse."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import CPU, built, only, tiny_config
+from rwkv_backends import fused
+from rwkv_backends.fused import FAMILIES, PREFILLS, Fused
+from rwkv_backends.kernels.tuning import Tuning
+
+from rwkv_runtime.checkpoint import build_model
+from rwkv_runtime.model import Architecture, Model
+from rwkv_runtime.plugins import Plugins
+
+INTERPRETED = Path(__file__).parent / "interpreted"
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+needs_compiler = pytest.mark.skipif(fused.interpreted(), reason="Triton's interpreter is on, which compiles nothing")
+
+
+@needs_triton
+@pytest.mark.skipif(fused.interpreted(), reason="they are collected by this very run")
+def test_the_kernels_are_right_through_triton_s_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(INTERPRETED)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_triton
+@needs_compiler
+@only("rwkv6")
+@pytest.mark.parametrize(
+    ("embd", "head_size", "vocab", "dtype", "quant"),
+    [
+        (2048, 64, 512, torch.bfloat16, None),
+        (768, 64, 300, torch.float16, "int8"),
+        (320, 32, 257, torch.float32, None),
+    ],
+    ids=str,
+)
+def test_every_kernel_compiles_for_hopper_and_spills_nothing(
+    architecture: Architecture,
+    plugins: Plugins,
+    embd: int,
+    head_size: int,
+    vocab: int,
+    dtype: torch.dtype,
+    quant: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Weights are read sixteen bytes at a time."""
+    from rwkv_backends.kernels import rwkv6
+    from sm90 import as_on_a_gpu, compiled
+
+    config = architecture.sizes(1, embd, vocab, head_size)
+    model = build_model(architecture.random(config, dtype=dtype), plugins.architectures, CPU, quant=quant)
+    model = replace(model, weights=as_on_a_gpu(model.weights, dtype))
+    shapes = [(1, 1), (2, 1), (32, 1), *((1, length) for length in PREFILLS)]
+    kernels = compiled(rwkv6.forward(model, Tuning()), model, shapes, monkeypatch)
+    assert {kernel.name for kernel in kernels} >= {"kvrg_kernel", "value_kernel", "wkv_kernel", "through_kernel"}
+    assert [(kernel.name, kernel.spilled) for kernel in kernels if kernel.spilled] == []
+    readers = {"shift_lora_kernel", "kvrg_kernel", "add_kernel", "key_receptance_kernel", "value_kernel", "head_kernel"}
+    for kernel in kernels:
+        if kernel.name in readers:
+            assert "v4.b32" in kernel.ptx, kernel.name
+
+
+def test_it_says_what_is_missing(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(fused, "find_spec", lambda name: None)
+    assert Fused().why_not(None) == "Triton is not installed"
+    monkeypatch.setattr(fused, "find_spec", find_spec)
+    if find_spec("triton"):
+        assert Fused().why_not(model) == "it needs a CUDA device"
+
+
+@needs_triton
+def test_it_says_what_it_cannot_run(
+    architecture: Architecture, plugins: Plugins, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reasons that lie in the model, with the interpreter in the place of a GPU."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    model = built(architecture.random(tiny_config(architecture)), plugins)
+    if architecture.name not in FAMILIES:
+        assert Fused().why_not(model) == f"it has no kernels for {architecture.name}"
+        return
+    assert Fused().why_not(model) is None
+    odd = replace(model, config=replace(model.config, head_size=24))
+    assert Fused().why_not(odd) == "its heads are of 24; there are kernels for 16, 32, 64, 128"
+    assert Fused().why_not(replace(model, dtype=torch.float64)) == "there are no kernels for float64"
+    assert "bfloat16" in str(Fused().why_not(replace(model, dtype=torch.bfloat16)))
+
+
+@needs_triton
+def test_it_says_what_the_gpu_lacks(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu = replace(model, device=torch.device("cuda", 0))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert Fused().why_not(on_gpu) == "it needs a GPU of compute capability 8.0 or later"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert Fused().why_not(replace(on_gpu, dtype=torch.bfloat16)) is None or model.architecture.name not in FAMILIES
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "interpreter is on" in str(Fused().why_not(on_gpu))
+
+
+def test_where_it_can_be_used_it_is_taken_before_the_others(plugins: Plugins) -> None:
+    assert next(iter(sorted(plugins.backends, key=lambda b: -b.priority))).name == "fused"

@@ -1,0 +1,193 @@
+"""The fused backend on a GPU: compiled kernels in captured graphs say what plain PyTorch says."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+from engines import finish
+from helpers import VOCAB_SIZE, apart, off, tokens_of
+from rwkv_backends.eager import Eager
+from rwkv_backends.fused import FAMILIES, Fused, interpreted
+from rwkv_backends.graphs import Graphs
+from rwkv_samplers.nucleus import Nucleus
+from torch import Tensor
+
+from rwkv_runtime.checkpoint import build_model
+from rwkv_runtime.controls import Controls
+from rwkv_runtime.engine import Engine
+from rwkv_runtime.generation import Request
+from rwkv_runtime.model import Model
+from rwkv_runtime.plugins import Plugins
+from rwkv_runtime.runtime import usable
+from rwkv_runtime.sampler import check_params
+from rwkv_runtime.testing import check_backend
+from rwkv_runtime.tokenizer import Tokenizer
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+    pytest.mark.skipif(interpreted(), reason="Triton's interpreter is on"),
+]
+TOKENS = tokens_of(40)
+EXACT = 1e-4
+"""How far, by norm, two ways to compute in float32 may be apart."""
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """All memory that a kernel is to write begins as NaN: a place left out shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def on_gpu(plugins: Plugins, dtype: torch.dtype, name: str = "rwkv6", layers: int = 2) -> Model:
+    return pair(plugins, dtype, name, layers)[0]
+
+
+def pair(plugins: Plugins, dtype: torch.dtype, name: str = "rwkv6", layers: int = 2) -> tuple[Model, Model]:
+    """A model, and one of the same weights in float32."""
+    architecture = plugins.architectures.get(name)
+    tensors = architecture.random(architecture.sizes(layers, 320, VOCAB_SIZE, 64), dtype=dtype)
+    ours, exact = (build_model(tensors, [architecture], torch.device("cuda"), d) for d in (dtype, torch.float32))
+    return ours, exact
+
+
+def no_further(ours: Tensor, plain: Tensor, exact: Tensor) -> bool:
+    """Whether we are as near to float32 as plain PyTorch is in the same dtype, give or take."""
+    return off(ours, exact) <= max(EXACT, 1.5 * off(plain, exact))
+
+
+def forced(engine: Engine, tokens: Sequence[int], rows: int) -> Tensor:
+    """Logits [T, rows, V], each row reading the same tokens, one later than the row before it."""
+    for row in range(rows):
+        engine.state.clear(row)
+    steps = []
+    for t in range(len(tokens)):
+        for row in range(rows):
+            engine.tokens[row] = tokens[(t + row) % len(tokens)]
+        engine._ticks[rows]()
+        steps.append(engine.logits[:rows].clone())
+    return torch.stack(steps)
+
+
+def test_it_can_be_used(plugins: Plugins, dtype: torch.dtype) -> None:
+    for name in FAMILIES:
+        assert usable(plugins, on_gpu(plugins, dtype, name))["fused"] is None
+
+
+def test_it_keeps_the_contract_of_a_backend(plugins: Plugins) -> None:
+    """Frozen as one graph; rows that are not in a view stay as they are."""
+    check_backend(Fused(), [plugins.architectures.get(name) for name in FAMILIES], device="cuda")
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 9])
+@pytest.mark.usefixtures("poisoned")
+def test_captured_steps_say_what_plain_pytorch_says(
+    plugins: Plugins, tokenizer: Tokenizer, dtype: torch.dtype, rows: int
+) -> None:
+    """With the sampler inside; the same at every run; seven layers, so that float16 halves the residual stream."""
+    model, in_full = pair(plugins, dtype, layers=7)
+    plain, exact = (forced(Engine(m, Eager(), Nucleus(), tokenizer, rows), TOKENS, rows) for m in (model, in_full))
+    engine = Engine(model, Fused(), Nucleus(), tokenizer, rows)
+    first, second = (forced(engine, TOKENS, rows) for _ in range(2))
+    assert bool(first.isfinite().all())
+    assert no_further(first, plain, exact)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("T", [2, 16, 17, 100, 1000])
+@pytest.mark.parametrize("B", [1, 3])
+@pytest.mark.usefixtures("poisoned")
+def test_prompts_say_what_plain_pytorch_says(plugins: Plugins, dtype: torch.dtype, B: int, T: int) -> None:
+    model, in_full = pair(plugins, dtype)
+    tokens = torch.tensor([tokens_of(T, seed) for seed in range(B)], device="cuda")
+    states = [m.new_state(B) for m in (model, model, in_full)]
+    passes = [Fused().forward(model), Eager().forward(model), Eager().forward(in_full)]
+    assert no_further(*(run(tokens, state, every=True) for run, state in zip(passes, states, strict=True)))
+    for name in states[0].tensors:
+        assert no_further(*(state[name] for state in states)), name
+
+
+def test_it_is_near_the_reference(plugins: Plugins) -> None:
+    architecture = plugins.architectures.get("rwkv6")
+    tensors = architecture.random(architecture.sizes(3, 192, VOCAB_SIZE, 64))
+    model = build_model(tensors, [architecture], torch.device("cuda"), torch.float32)
+    tokens = torch.tensor([TOKENS], device="cuda")
+    got = Fused().forward(model)(tokens, model.new_state(), every=True)[0]
+    assert apart(got.cpu(), architecture.reference(tensors, TOKENS)) < 1e-4
+
+
+def test_the_captured_step_draws_what_its_sampler_draws(plugins: Plugins, tokenizer: Tokenizer) -> None:
+    engine = Engine(on_gpu(plugins, torch.bfloat16), Fused(), Nucleus(), tokenizer)
+    forced(engine, TOKENS[:3], 1)
+    params = check_params(Nucleus(), {"top_p": 0.95, "temperature": 1.5})
+    engine.controls.set(0, params, 7, 0)
+    for position in range(20):
+        engine._ticks[1]()
+        assert int(engine.controls.position) == position + 1
+        controls = Controls.allocate(Nucleus(), 1, VOCAB_SIZE, torch.device("cuda"))
+        controls.set(0, params, 7, position)
+        assert torch.equal(engine.drawn, Nucleus().sample(engine.logits + engine.absent, controls))
+        assert int(engine.tokens) == int(engine.drawn)
+
+
+def test_many_requests_come_and_go(plugins: Plugins, tokenizer: Tokenizer) -> None:
+    """In float32 each writes what it writes alone with plain PyTorch, whichever rows and sizes it passes through."""
+    model = on_gpu(plugins, torch.float32)
+    requests = [Request(tokens_of(3 + 5 * i, i), {"temperature": 0}, max_tokens=4 + 3 * i) for i in range(7)]
+    alone = [finish(Engine(model, Eager(), Nucleus(), tokenizer), request)[0].tokens for request in requests]
+    together = finish(Engine(model, Fused(), Nucleus(), tokenizer, 4), *requests)
+    assert [generation.tokens for generation in together] == alone
+
+
+def test_another_length_of_prompt_compiles_nothing(plugins: Plugins) -> None:
+    from rwkv_backends.kernels import chunk6, mixing, vector, wkv6
+    from triton.runtime.jit import JITFunction
+
+    def count() -> int:
+        kernels = [k for module in (chunk6, mixing, vector, wkv6) for k in vars(module).values()]
+        return sum(len(k.device_caches[0][0]) for k in kernels if isinstance(k, JITFunction))
+
+    model = on_gpu(plugins, torch.bfloat16)
+    forward = Fused().forward(model)
+    before = count()
+    for T in (2, 3, 15, 16, 31, 64, 100, 511, 512):
+        forward(torch.tensor([tokens_of(T)], device="cuda"), model.new_state())
+    assert count() == before
+
+
+class Waits(Nucleus):
+    """Looks at a number on the host, which no graph can hold."""
+
+    name = "waits"
+
+    def filter(self, logits: Tensor, controls: Controls) -> Tensor:
+        return super().filter(logits, controls) * float(logits.sum().isfinite())
+
+
+def test_a_sampler_that_waits_runs_beside_the_graph(
+    plugins: Plugins, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = on_gpu(plugins, torch.float32)
+    with caplog.at_level(logging.WARNING, "rwkv_runtime"):
+        engine = Engine(model, Fused(), Waits(), tokenizer)
+    assert "sampler waits cannot be part of backend fused's graph" in caplog.text
+    assert len(finish(engine, Request(TOKENS[:5], max_tokens=6))[0].tokens) == 6
+    Engine(model, Fused(), Nucleus(), tokenizer)  # a graph can still be captured
+
+
+def test_a_capture_leaves_its_buffers_as_they_were() -> None:
+    total = torch.ones(3, device="cuda")
+    replay = Graphs().capture(lambda: total.add_(1), [total])
+    assert total.tolist() == [1, 1, 1]
+    replay()
+    replay()
+    assert total.tolist() == [3, 3, 3]
