@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -94,9 +94,10 @@ def cache_bytes() -> int:
     return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=0)
 
 
-def names(device: torch.device) -> list[str]:
-    """The probes that make sense on a device."""
-    return [name for name in PROBES if name != "empty graph" or device.type == "cuda"]
+def names(device: torch.device, dtypes: Sequence[str]) -> list[str]:
+    """The probes that make sense: of matrix products those in the given dtypes, of which a processor may lack some."""
+    left_out = {f"matmul {dtype}" for dtype in DTYPES if dtype not in dtypes}
+    return [name for name in PROBES if name not in left_out and (name != "empty graph" or device.type == "cuda")]
 
 
 def _copy(c: Ceilings) -> Probe:
