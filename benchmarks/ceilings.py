@@ -56,7 +56,7 @@ class Ceilings:
 
     def read(self) -> float:
         """GB/s of the fastest way to read memory once."""
-        return max(self.rate("read sum"), self.rate("read mv"))
+        return max(self.rate(name) for name in READS)
 
     def matmul(self, dtype: str) -> float:
         """TFLOP/s of a large square matrix product."""
@@ -111,6 +111,11 @@ def _read_sum(c: Ceilings) -> Probe:
     return Probe(source.sum, 4 * source.numel(), "GB/s")
 
 
+def _read_max(c: Ceilings) -> Probe:
+    source = torch.zeros(c.buffer_bytes // 4, device=c.device)
+    return Probe(source.max, 4 * source.numel(), "GB/s")
+
+
 def _read_mv(c: Ceilings) -> Probe:
     columns = 2048
     matrix = torch.zeros((c.buffer_bytes // 2 // columns, columns), dtype=torch.bfloat16, device=c.device)
@@ -136,9 +141,12 @@ def _empty_graph(c: Ceilings) -> Probe:
     return Probe(graph.replay, 1, "replays/ms", 1e3)
 
 
+READS = ("read sum", "read max", "read mv")
+"""Which of them reads fastest differs from machine to machine."""
 PROBES: Mapping[str, Callable[[Ceilings], Probe]] = {
     "copy": _copy,
     "read sum": _read_sum,
+    "read max": _read_max,
     "read mv": _read_mv,
     **{f"matmul {dtype}": _matmul(dtype) for dtype in DTYPES},
     "empty graph": _empty_graph,

@@ -17,7 +17,7 @@ from benchmarks.ceilings import cache_bytes, clock, synchronize
 from benchmarks.package import PACKAGE
 
 Run = Callable[[], object]
-ROUND_SECONDS, CASE_SECONDS = 1.0, 8.0
+ROUND_SECONDS, CASE_SECONDS = 1.0, 5.0
 """About as long as a round and a case may take: a slow one gets fewer rounds, three at least."""
 
 
