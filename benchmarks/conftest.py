@@ -58,7 +58,10 @@ def pytest_configure(config: pytest.Config) -> None:
 def settings(config: pytest.Config, plugins: Plugins) -> Settings:
     option, smoke = config.option, config.option.smoke
     device = torch.device(option.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    everyone = [name for name in entrants(plugins, tune=not smoke) if not smoke or name not in SLOW]
+    known = list(entrants(plugins, tune=not smoke))
+    if unknown := set(option.contestant or ()) - set(known):
+        raise pytest.UsageError(f"there is no contestant {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    everyone = [name for name in known if not smoke or name not in SLOW]
     return Settings(
         architectures=tuple(option.architecture or plugins.architectures.names()),
         sizes=tuple(option.size or ["tiny" if smoke else "0.1b"]),

@@ -31,8 +31,8 @@ from rwkv_runtime.runtime import find_vocabulary, why_not
 from rwkv_runtime.tokenizer import Tokenizer
 
 SAMPLER = "nucleus"
-SHORT, LONG = 100, 10_000
-"""Tokens read before a step is timed."""
+SHORT, LONG, WRITTEN = 100, 10_000, 2_000
+"""Tokens read before a step is timed, and those written while memory is watched."""
 PROFILED = 12
 """Functions in the profile."""
 
@@ -155,7 +155,7 @@ def test_growth(benchmark: BenchmarkFixture, arena: Arena, story: tuple[Model, T
     assert timing.ratio is not None
     gc.collect()
     before = memory(arena.settings.device)
-    written = 20 if arena.settings.smoke else LONG
+    written = 20 if arena.settings.smoke else WRITTEN
     for _ in range(written):
         writer.step()
     gc.collect()
