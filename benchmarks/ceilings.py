@@ -1,4 +1,7 @@
-"""What the machine can do at best: every figure is held against these, measured in the same process."""
+"""What the machine can do at best: every figure is held against these, measured in the same process.
+
+Buffers hold ones, not zeros: systems map memory that was never written to one page of zeros, which stays in the cache.
+"""
 
 from __future__ import annotations
 
@@ -101,25 +104,25 @@ def names(device: torch.device, dtypes: Sequence[str]) -> list[str]:
 
 
 def _copy(c: Ceilings) -> Probe:
-    source = torch.zeros(c.buffer_bytes // 2, dtype=torch.uint8, device=c.device)
+    source = torch.ones(c.buffer_bytes // 2, dtype=torch.uint8, device=c.device)
     target = torch.empty_like(source)
     return Probe(lambda: target.copy_(source), 2 * source.numel(), "GB/s")
 
 
 def _read_sum(c: Ceilings) -> Probe:
-    source = torch.zeros(c.buffer_bytes // 4, device=c.device)
+    source = torch.ones(c.buffer_bytes // 4, device=c.device)
     return Probe(source.sum, 4 * source.numel(), "GB/s")
 
 
 def _read_max(c: Ceilings) -> Probe:
-    source = torch.zeros(c.buffer_bytes // 4, device=c.device)
+    source = torch.ones(c.buffer_bytes // 4, device=c.device)
     return Probe(source.max, 4 * source.numel(), "GB/s")
 
 
 def _read_mv(c: Ceilings) -> Probe:
     columns = 2048
-    matrix = torch.zeros((c.buffer_bytes // 2 // columns, columns), dtype=torch.bfloat16, device=c.device)
-    vector = torch.zeros(columns, dtype=torch.bfloat16, device=c.device)
+    matrix = torch.ones((c.buffer_bytes // 2 // columns, columns), dtype=torch.bfloat16, device=c.device)
+    vector = torch.ones(columns, dtype=torch.bfloat16, device=c.device)
     return Probe(lambda: torch.mv(matrix, vector), 2 * matrix.numel(), "GB/s")
 
 
