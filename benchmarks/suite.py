@@ -126,7 +126,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = options.folder / "results.json"
     if results.exists():
         report.main([str(results), "--output", str(options.folder / "benchmarks.md")])
-    print(*suite.said, sep="\n")
     return int(suite.failed)
 
 
@@ -135,7 +134,6 @@ class Suite:
 
     def __init__(self, folder: Path, weights: Path, device: str, smoke: bool, end: float) -> None:
         self.folder, self.weights, self.device, self.smoke, self.end = folder, weights, device, smoke, end
-        self.said: list[str] = []
         self.failed = False
 
     def benchmarks(self, part: Part) -> None:
@@ -148,7 +146,7 @@ class Suite:
         """Runs pytest for at most so many seconds and then stops it as Ctrl-C does, so that it still sums up."""
         name = " ".join(words)
         if seconds <= GRACE:
-            self.said.append(f"left out, the time is over: {name}")
+            print(f"left out, the time is over: {name}", flush=True)
             return
         begin = time.monotonic()
         with (self.folder / log).open("a") as output:
@@ -161,8 +159,7 @@ class Suite:
                 code = stop(process)
         self.failed |= code != 0
         how = {0: "passed", 5: "chose nothing"}.get(code, f"ended with {code}, see {log}")
-        self.said.append(f"{how} in {time.monotonic() - begin:.0f} s: {name}")
-        print(self.said[-1], flush=True)
+        print(f"{how} in {time.monotonic() - begin:.0f} s: {name}", flush=True)
 
 
 def stop(process: subprocess.Popen[bytes]) -> int:
