@@ -82,7 +82,7 @@ def _fingerprint(compiler: Sequence[str], command: Sequence[str]) -> str:
     binary = Path(compiler[0]).resolve().stat()
     parts = [*command, str(binary.st_size), str(binary.st_mtime_ns), _processor()]
     digest = hashlib.sha256("\0".join(parts).encode())
-    for path in sorted(SOURCES.glob("*.[ch]")):
+    for path in [Path(command[-1]), *sorted(SOURCES.glob("*.[ch]"))]:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
