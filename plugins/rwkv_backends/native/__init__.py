@@ -23,6 +23,8 @@ ROWS = 16
 """Of larger batches torch's matrix products make more."""
 FAMILIES: dict[str, ModuleType] = {"rwkv6": rwkv6}
 """By the name of the architecture; the C is in a file of the same name."""
+WEIGHTS = 1 << 16
+"""Of a layer, for each thread: with fewer, threads wait for each other longer than they work."""
 STATES = ("att_x_prev", "att_kv", "ffn_x_prev")
 
 
@@ -56,16 +58,17 @@ class Step:
     def __init__(self, model: Model) -> None:
         """Raises BackendError where the code does not compile."""
         family = FAMILIES[model.architecture.name]
-        library = build.library(f"{model.architecture.name}.c")
+        name = model.architecture.name
+        library = build.library(f"{name}.c")
         team = find_team()
         if team is None:
             raise BackendError("torch has no OpenMP library here")
-        name = model.architecture.name
         sizes = [library[f"{name}_sizes"](ctypes.c_int64(i)) for i in range(len(family.SIZES))]
         assert sizes == [ctypes.sizeof(kind) for kind in family.SIZES], "C and Python disagree on a structure"
         self.team, self.packer = team, Packer()
         self.model = family.pack(model, self.packer)
         self.vocab_size = model.config.vocab_size
+        self.most_threads = max(1, family.layer_weights(model) // WEIGHTS)
         self.scratch_size, self.step = library[f"{name}_scratch"], library[f"{name}_step"]
         self.scratch_size.restype = ctypes.c_int64
         self.eager: Forward = partial(model.architecture.forward, model.architecture.ops, model.weights)
@@ -75,7 +78,7 @@ class Step:
         states = [state[name] for name in STATES]
         if T != 1 or B > ROWS or not all(t[0, 0].is_contiguous() for t in states):
             return self.eager(tokens, state, every)
-        threads = torch.get_num_threads()
+        threads = min(torch.get_num_threads(), self.most_threads)
         tokens = tokens.contiguous()
         size = self.scratch_size(ctypes.byref(self.model), ctypes.c_int64(B), ctypes.c_int64(threads))
         scratch = torch.empty(size, dtype=torch.float32)

@@ -49,7 +49,7 @@ def library(source: str, options: Sequence[str] = ()) -> ctypes.CDLL:
     command = [*compiler, *OPTIONS, MACHINES[platform.machine()], *options, str(SOURCES / source)]
     try:
         folder = cache_folder()
-        path = folder / f"{Path(source).stem}-{_fingerprint(compiler, command)}.so"
+        path = folder / f"{Path(source).stem}-{_fingerprint(compiler[0], command)}.so"
         if not path.exists():
             _compile(command, path)
         return ctypes.CDLL(str(path))
@@ -77,9 +77,10 @@ def _compiler() -> list[str] | None:
     return None
 
 
-def _fingerprint(compiler: Sequence[str], command: Sequence[str]) -> str:
-    """Of everything the result depends on. Size and time of the compiler's file stand for its version."""
-    binary = Path(compiler[0]).resolve().stat()
+def _fingerprint(compiler: str, command: Sequence[str]) -> str:
+    """Of everything the result depends on. Size and time of the compiler's file stand for its version; the source
+    is the command's last word."""
+    binary = Path(compiler).resolve().stat()
     parts = [*command, str(binary.st_size), str(binary.st_mtime_ns), _processor()]
     digest = hashlib.sha256("\0".join(parts).encode())
     for path in [Path(command[-1]), *sorted(SOURCES.glob("*.[ch]"))]:
@@ -103,8 +104,8 @@ def _compile(command: Sequence[str], path: Path) -> None:
             done = subprocess.run(
                 [*command, "-o", str(made)], capture_output=True, text=True, errors="replace", timeout=SECONDS
             )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise BackendError(f"{command[0]} does not compile: {error}") from error
+        except subprocess.TimeoutExpired:
+            raise BackendError(f"{command[0]} does not compile: it takes longer than {SECONDS} s") from None
         if done.returncode != 0 or not made.exists():
             lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
             told = next((line for line in lines if "error" in line), lines[0] if lines else "it does not say why")

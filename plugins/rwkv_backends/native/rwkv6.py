@@ -81,6 +81,12 @@ def pack(model: Model, packer: Packer) -> Weighted:
     )
 
 
+def layer_weights(model: Model) -> int:
+    """How many there are in the large matrices of one layer."""
+    C, F = model.config.n_embd, model.config.n_ffn
+    return 6 * C * C + 2 * C * F
+
+
 def _layer(block: Block, dtype: torch.dtype, packer: Packer) -> Layer:
     att, ffn = block.att, block.ffn
 
