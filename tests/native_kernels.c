@@ -15,8 +15,13 @@ void row(const struct matrix *m, int64_t at, float *x) { embedding(m, at, x); }
 
 void exchange(int64_t dtype, void *prev, const float *x, float *dx, int64_t n) { shift((int)dtype, prev, x, dx, n); }
 
-void functions(const float *x, int64_t n, float *e, float *s, float *t) {
-    MAP(n, x, e, exponential(v));
-    MAP(n, x, s, sigmoid(v));
-    MAP(n, x, t, tangent(v));
+EACH(each_exponential, exponential)
+
+void functions(int64_t n, float *e, float *s, float *t, float *g, float *d, float *r) {
+    each_exponential(e, n);
+    each_sigmoid(s, n);
+    each_tangent(t, n);
+    each_gate(g, n);
+    each_decay(d, n);
+    each_squared_relu(r, n);
 }

@@ -143,7 +143,9 @@ def test_a_state_whose_channels_lie_apart_is_taken_too(model: Model) -> None:
 
 
 @pytest.mark.parametrize("decay", [-30.0, 2.0, 8.0, 80.0])
-def test_decays_from_none_to_all(checkpoint: Tensors, architecture: Architecture, plugins: Plugins, decay: float) -> None:
+def test_decays_from_none_to_all(
+    checkpoint: Tensors, architecture: Architecture, plugins: Plugins, decay: float
+) -> None:
     tensors = dict(checkpoint)
     for name, t in tensors.items():
         if name.endswith("time_decay"):

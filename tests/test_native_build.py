@@ -87,7 +87,10 @@ def test_programs_that_start_side_by_side_do_not_disturb_each_other(cache: Path)
     ("script", "reason"),
     [
         ("echo native.c: In function f: >&2; echo native.c:3:1: error: no such thing >&2; exit 1", "no such thing"),
-        ("echo cc: fatal error: cannot execute cc1 >&2; echo compilation terminated. >&2; exit 1", "cannot execute cc1"),
+        (
+            "echo cc: fatal error: cannot execute cc1 >&2; echo compilation terminated. >&2; exit 1",
+            "cannot execute cc1",
+        ),
         ("exit 3", "it does not say why"),
         ("exit 0", "it does not say why"),
     ],

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import apart
 from rwkv_backends.native import Native, build
 from rwkv_backends.native.structs import DTYPES, Packer
@@ -21,7 +22,6 @@ if platform.machine() == "x86_64":  # each runs on all later ones; none of these
     PROCESSORS |= {"x86-64": ("-march=x86-64",)}
     if "AVX512" in torch.backends.cpu.get_cpu_capability():
         PROCESSORS |= {"x86-64-v3": ("-march=x86-64-v3",), "x86-64-v4": ("-march=x86-64-v4",)}
-TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6, torch.int8: 1e-6}
 ROUNDED = 6e-3
 """Where vectors are rounded to bfloat16 before they are multiplied, as torch rounds them."""
 
@@ -67,7 +67,9 @@ def test_rows_times_vectors(dtype: torch.dtype, cols: int, kernels: ctypes.CDLL,
     alone = torch.empty(16, 23)
     packed = torch.empty(16 * (cols + 64))
     for b in range(16):
-        kernels.times(byref(matrix), c_int64(0), c_int64(23), address(x[b]), c_int64(1), address(alone[b]), address(packed))
+        kernels.times(
+            byref(matrix), c_int64(0), c_int64(23), address(x[b]), c_int64(1), address(alone[b]), address(packed)
+        )
     for n in range(1, 17):
         for first, last in ((0, 23), (5, 6), (7, 18), (22, 23), (4, 4)):
             out = torch.full((n, 23), 7.0)
@@ -114,7 +116,9 @@ def test_a_row_as_float32(dtype: torch.dtype, kernels: ctypes.CDLL) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_last_input_is_kept_as_torch_rounds_it(dtype: torch.dtype, kernels: ctypes.CDLL) -> None:
-    x = torch.cat([random(70) * 3, torch.tensor([0.0, -0.0, 1e-7, -6e-6, 3e-5, 65519.0, 1.00390625, torch.nan, torch.inf])])
+    x = torch.cat(
+        [random(70) * 3, torch.tensor([0.0, -0.0, 1e-7, -6e-6, 3e-5, 65519.0, 1.00390625, torch.nan, torch.inf])]
+    )
     prev, dx = random(len(x)).to(dtype), torch.empty(len(x))
     expected = prev.float() - x
     kernels.exchange(c_int64(DTYPES[dtype]), address(prev), address(x), address(dx), c_int64(len(x)))
@@ -122,18 +126,30 @@ def test_the_last_input_is_kept_as_torch_rounds_it(dtype: torch.dtype, kernels: 
     torch.testing.assert_close(prev, x.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
-def test_exponential_sigmoid_and_tangent(kernels: ctypes.CDLL) -> None:
+def functions(kernels: ctypes.CDLL, x: Tensor) -> list[Tensor]:
+    outs = [x.clone() for _ in range(6)]
+    kernels.functions(c_int64(len(x)), *map(address, outs))
+    return outs
+
+
+def test_functions_of_many_numbers(kernels: ctypes.CDLL) -> None:
     x = torch.cat([torch.linspace(-87, 88, 5003), torch.linspace(-1, 1, 2000)])
-    outs = [torch.empty_like(x) for _ in range(3)]
-    kernels.functions(address(x), c_int64(len(x)), *map(address, outs))
-    exact = [torch.exp(x.double()), torch.sigmoid(x.double()), torch.tanh(x.double())]
-    assert ((outs[0] - exact[0]) / exact[0]).abs().max() < 3e-7
-    assert (outs[1] - exact[1]).abs().max() < 2e-7
-    assert (outs[2] - exact[2]).abs().max() < 2e-7
+    e, s, t, g, d, r = functions(kernels, x)
+    z = x.double()
+    assert (e / z.exp() - 1).abs().max() < 3e-7
+    assert (s - z.sigmoid()).abs().max() < 2e-7
+    assert (t - z.tanh()).abs().max() < 2e-7
+    assert ((g - F.silu(z)) / (1 + z.abs())).abs().max() < 3e-7
+    assert (d - torch.exp(-z.exp())).abs().max() < 3e-7
+    assert torch.equal(r, x.relu().square())
+
+
+def test_functions_of_what_is_far_out(kernels: ctypes.CDLL) -> None:
     far = torch.tensor([-1e4, 1e4, -torch.inf, torch.inf, torch.nan])
-    outs = [torch.empty_like(far) for _ in range(3)]
-    kernels.functions(address(far), c_int64(5), *map(address, outs))
-    assert outs[0][:4].isfinite().all()
-    assert outs[1][:4].tolist() == pytest.approx([0, 1, 0, 1], abs=1e-30)
-    assert outs[2][:4].tolist() == [-1, 1, -1, 1]
-    assert all(out[4].isnan() for out in outs)
+    e, s, t, _, d, r = functions(kernels, far)
+    assert e[:4].isfinite().all()
+    assert s[:4].tolist() == pytest.approx([0, 1, 0, 1], abs=1e-30)
+    assert t[:4].tolist() == [-1, 1, -1, 1]
+    assert d[:4].tolist() == pytest.approx([1, 0, 1, 0], abs=1e-30)
+    assert r[:4].tolist() == [0, 1e8, 0, torch.inf]
+    assert all(f[4].isnan() for f in (e, s, t, d, r))

@@ -19,7 +19,7 @@ INLINE void *state_at(const struct state *s, int64_t layer, int64_t row) {
 }
 
 /* y = (x - mean) / sqrt(variance + eps). */
-static inline void standardize(const float *x, float *y, int64_t n, float eps) {
+static NOINLINE void standardize(const float *x, float *y, int64_t n, float eps) {
     floats total = {0}, squares = {0};
     int64_t whole = n / LANES * LANES;
     for (int64_t i = 0; i < whole; i += LANES) total += get(x + i);
@@ -35,13 +35,13 @@ static inline void standardize(const float *x, float *y, int64_t n, float eps) {
     for (int64_t i = 0; i < n; i++) y[i] = (x[i] - mean) * scale;
 }
 
-static inline void layer_norm(const struct norm *norm, const float *x, float *y, int64_t n) {
+static NOINLINE void layer_norm(const struct norm *norm, const float *x, float *y, int64_t n) {
     standardize(x, y, n, 1e-5f);
     for (int64_t i = 0; i < n; i++) y[i] = y[i] * norm->weight[i] + norm->bias[i];
 }
 
 /* dx = prev - x, and x becomes prev. */
-static inline void shift(int dtype, void *prev, const float *x, float *dx, int64_t n) {
+static NOINLINE void shift(int dtype, void *prev, const float *x, float *dx, int64_t n) {
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) put(dx + i, many_as(dtype, prev, i) - get(x + i));
     if (i < n) {
@@ -53,7 +53,7 @@ static inline void shift(int dtype, void *prev, const float *x, float *dx, int64
 }
 
 /* One row of a matrix, the embedding of a token. */
-static inline void embedding(const struct matrix *m, int64_t row, float *x) {
+static NOINLINE void embedding(const struct matrix *m, int64_t row, float *x) {
     const char *from = (const char *)m->weight + row * m->cols * size_of(m->dtype);
     float scale = m->dtype == INT8 ? m->scale[row] : 1.0f, rest[LANES];
     int64_t i = 0;
@@ -63,6 +63,6 @@ static inline void embedding(const struct matrix *m, int64_t row, float *x) {
 }
 
 /* y = x + dx * mix. */
-static inline void lerp(const float *x, const float *dx, const float *mix, float *y, int64_t n) {
+static NOINLINE void lerp(const float *x, const float *dx, const float *mix, float *y, int64_t n) {
     for (int64_t i = 0; i < n; i++) y[i] = x[i] + dx[i] * mix[i];
 }

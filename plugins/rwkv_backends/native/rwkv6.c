@@ -46,6 +46,7 @@ struct step {
     float *logits; /* [B, V] */
     struct scratch s;
     int threads;
+    struct barrier *barrier;
 };
 
 static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -104,7 +105,7 @@ static void project(const struct step *p, const struct layer *layer, struct shar
     int64_t C = p->model->heads * p->model->size, D = layer->decay_w1.rows, B = p->B;
     struct share s = within(mine, 0, D);
     multiply(&layer->decay_w1, s.from, s.to, p->s.mixed, B, p->s.low, packed);
-    for (int64_t b = 0; b < B; b++) MAP(s.to - s.from, p->s.low + b * D + s.from, p->s.low + b * D + s.from, tangent(v));
+    for (int64_t b = 0; b < B; b++) each_tangent(p->s.low + b * D + s.from, s.to - s.from);
     for (int64_t j = 0; j < 4; j++) {
         s = within(mine, D + j * C, C);
         multiply(layer->kvrg + j, s.from, s.to, p->s.mixed + (j + 1) * B * C, B, p->s.kvrg + j * B * C, packed);
@@ -134,13 +135,13 @@ static void attend(const struct step *p, int64_t i, struct share heads, float *p
         float *decay = p->s.decay + b * C, *out = p->s.mixed + b * C, *kvrg[4];
         for (int64_t j = 0; j < 4; j++) kvrg[j] = p->s.kvrg + (j * B + b) * C;
         for (int64_t c = from; c < to; c++) decay[c] += layer->decay[c];
-        MAP(to - from, decay + from, decay + from, exponential(-exponential(v)));
+        each_decay(decay + from, to - from);
         for (int64_t at = from; at < to; at += N) {
             float *S = (float *)state_at(&p->att_kv, i, b) + at * N;
             wkv(kvrg[2] + at, decay + at, kvrg[0] + at, kvrg[1] + at, layer->bonus + at, S, out + at, N);
             standardize(out + at, out + at, N, 64e-5f);
         }
-        MAP(to - from, kvrg[3] + from, kvrg[3] + from, v * sigmoid(v));
+        each_gate(kvrg[3] + from, to - from);
         for (int64_t c = from; c < to; c++)
             out[c] = (out[c] * layer->ln_x.weight[c] + layer->ln_x.bias[c]) * kvrg[3][c];
     }
@@ -162,9 +163,8 @@ static void widen(const struct step *p, const struct layer *layer, struct share 
     multiply(&layer->key, k.from, k.to, p->s.mixed, B, p->s.key, packed);
     multiply(&layer->receptance, r.from, r.to, p->s.mixed + B * C, B, p->s.receptance, packed);
     for (int64_t b = 0; b < B; b++) {
-        float *key = p->s.key + b * F + k.from, *receptance = p->s.receptance + b * C + r.from;
-        for (int64_t f = 0; f < k.to - k.from; f++) key[f] = key[f] < 0 ? 0 : key[f] * key[f];
-        MAP(r.to - r.from, receptance, receptance, sigmoid(v));
+        each_squared_relu(p->s.key + b * F + k.from, k.to - k.from);
+        each_sigmoid(p->s.receptance + b * C + r.from, r.to - r.from);
     }
 }
 
@@ -185,31 +185,28 @@ static void layer_step(const struct step *p, int64_t i, int thread) {
     struct share rows = share_of(B, 1, thread, p->threads), s;
 
     for (int64_t b = rows.from; b < rows.to; b++) before_attention(p, i, b);
-    p->team->barrier();
+    meet(p->barrier, p->threads);
     s = share_of(layer->maa_w1.rows, 16, thread, p->threads);
     multiply(&layer->maa_w1, s.from, s.to, p->s.mixed, B, p->s.lora, packed);
-    for (int64_t b = 0; b < B; b++) {
-        float *lora = p->s.lora + b * layer->maa_w1.rows + s.from;
-        MAP(s.to - s.from, lora, lora, tangent(v));
-    }
-    p->team->barrier();
+    for (int64_t b = 0; b < B; b++) each_tangent(p->s.lora + b * layer->maa_w1.rows + s.from, s.to - s.from);
+    meet(p->barrier, p->threads);
     mix(p, layer, share_of(5 * C, 64, thread, p->threads));
-    p->team->barrier();
+    meet(p->barrier, p->threads);
     project(p, layer, share_of(D + 4 * C, 16, thread, p->threads), packed);
-    p->team->barrier();
+    meet(p->barrier, p->threads);
     attend(p, i, share_of(H, 1, thread, p->threads), packed);
-    p->team->barrier();
+    meet(p->barrier, p->threads);
     s = share_of(C, 16, thread, p->threads);
     multiply(&layer->output, s.from, s.to, p->s.mixed, B, p->s.out, packed);
     add(p, 0, 1.0f, s);
-    p->team->barrier();
+    meet(p->barrier, p->threads);
     for (int64_t b = rows.from; b < rows.to; b++) before_ffn(p, i, b);
-    p->team->barrier();
+    meet(p->barrier, p->threads);
     widen(p, layer, share_of(F + C, 16, thread, p->threads), packed);
-    p->team->barrier();
+    meet(p->barrier, p->threads);
     multiply(&layer->value, s.from, s.to, p->s.key, B, p->s.out, packed);
     add(p, p->s.receptance, scale, s);
-    p->team->barrier();
+    meet(p->barrier, p->threads);
 }
 
 static void work(void *data) {
@@ -226,7 +223,7 @@ static void work(void *data) {
     }
     for (int64_t i = 0; i < m->layers; i++) layer_step(p, i, thread);
     for (int64_t b = rows.from; b < rows.to; b++) layer_norm(&m->ln_out, p->s.x + b * C, p->s.y + b * C, C);
-    p->team->barrier();
+    meet(p->barrier, p->threads);
     struct share s = share_of(m->head.rows, 16, thread, p->threads);
     multiply(&m->head, s.from, s.to, p->s.y, p->B, p->logits, p->s.packed + thread * p->s.packed_size);
     restore(mode);
@@ -236,7 +233,8 @@ static void work(void *data) {
    rwkv6_scratch numbers. Gives 1, nothing done, where a token is none of the vocabulary. */
 int rwkv6_step(const struct team *team, const struct model *m, const struct state *states, const int64_t *tokens,
                int64_t B, int64_t threads, float *scratch, float *logits) {
-    struct step p = {team, m, states[0], states[1], states[2], tokens, B, logits, {0}, (int)threads};
+    struct barrier barrier = {0, 0, 0};
+    struct step p = {team, m, states[0], states[1], states[2], tokens, B, logits, {0}, (int)threads, &barrier};
     for (int64_t b = 0; b < B; b++)
         if (tokens[b] < 0 || tokens[b] >= m->emb.rows) return 1;
     lay_out(m, B, (int)threads, scratch, &p.s);

@@ -17,6 +17,7 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline, unused)) /* what is inlined in many places takes long to compile */
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
@@ -68,22 +69,25 @@ INLINE floats exponential(floats x) {
 INLINE floats sigmoid(floats x) { return 1.0f / (1.0f + exponential(-x)); }
 INLINE floats tangent(floats x) { return 1.0f - 2.0f / (exponential(x + x) + 1.0f); }
 
-/* for (i of 0..n) y[i] = f(x[i]) for an expression in `v`, the vector at x + i. */
-#define MAP(n, x, y, expression)                                      \
-    do {                                                              \
-        int64_t i_ = 0;                                               \
-        for (; i_ + LANES <= (n); i_ += LANES) {                      \
-            floats v = get((x) + i_);                                 \
-            put((y) + i_, expression);                                \
-        }                                                             \
-        if (i_ < (n)) {                                               \
-            float in_[LANES] = {0}, out_[LANES];                      \
-            for (int64_t j_ = i_; j_ < (n); j_++) in_[j_ - i_] = (x)[j_]; \
-            floats v = get(in_);                                      \
-            put(out_, expression);                                    \
-            for (int64_t j_ = i_; j_ < (n); j_++) (y)[j_] = out_[j_ - i_]; \
-        }                                                             \
-    } while (0)
+/* x[i] = f(x[i]) for n numbers. */
+#define EACH(name, f)                                            \
+    static NOINLINE void name(float *x, int64_t n) {             \
+        for (; n >= LANES; x += LANES, n -= LANES) put(x, f(get(x))); \
+        float rest[LANES] = {0};                                 \
+        for (int64_t i = 0; i < n; i++) rest[i] = x[i];          \
+        put(rest, f(get(rest)));                                 \
+        for (int64_t i = 0; i < n; i++) x[i] = rest[i];          \
+    }
+
+INLINE floats gate(floats x) { return x * sigmoid(x); }
+INLINE floats decay(floats x) { return exponential(-exponential(x)); }
+INLINE floats squared_relu(floats x) { return choose(x < (floats){0}, (floats){0}, x * x); }
+
+EACH(each_sigmoid, sigmoid)
+EACH(each_tangent, tangent)
+EACH(each_gate, gate)
+EACH(each_decay, decay)
+EACH(each_squared_relu, squared_relu)
 
 /* Strong decays end in subnormal numbers, on which processors are slow: a thread takes them for zero meanwhile. */
 INLINE uint64_t flush_subnormals(void) {
