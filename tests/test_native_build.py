@@ -11,22 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import only
 from rwkv_backends import native
 from rwkv_backends.native import Native, build
 
 import rwkv_runtime
 from rwkv_runtime.errors import BackendError
-from rwkv_runtime.model import Architecture, Model
+from rwkv_runtime.model import Model
 from rwkv_runtime.plugins import Plugins
 from rwkv_runtime.runtime import Runtime
 from rwkv_runtime.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
-
-
-@pytest.fixture(scope="session")
-def architecture(plugins: Plugins) -> Architecture:
-    return plugins.architectures.get("rwkv6")
 
 
 @pytest.fixture
@@ -53,6 +49,7 @@ def counting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return calls
 
 
+@only("rwkv6")
 def test_it_is_compiled_once(cache: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = counting(tmp_path, monkeypatch)
     for _ in range(3):
@@ -83,6 +80,7 @@ def test_programs_that_start_side_by_side_do_not_disturb_each_other(cache: Path)
     assert len(list(cache.iterdir())) == 1
 
 
+@only("rwkv6")
 @pytest.mark.parametrize(
     ("script", "reason"),
     [
@@ -119,6 +117,7 @@ def test_a_compiler_that_fails_is_one_line_and_the_text_is_written(
     assert list(cache.iterdir()) == []
 
 
+@only("rwkv6")
 def test_a_compiler_that_is_not_there(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "no-such-compiler -O2")
     for asked in (None, model):
@@ -141,6 +140,7 @@ def test_a_compiler_with_options(cache: Path, tmp_path: Path, monkeypatch: pytes
     assert build.library("rwkv6.c").rwkv6_step is not None
 
 
+@only("rwkv6")
 def test_a_cache_that_others_may_write_to_is_not_used(cache: Path, model: Model) -> None:
     cache.mkdir(parents=True)
     cache.chmod(0o777)
@@ -148,10 +148,11 @@ def test_a_cache_that_others_may_write_to_is_not_used(cache: Path, model: Model)
         Native().forward(model)
 
 
+@only("rwkv6")
 def test_a_cache_that_cannot_be_made(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(BackendError, match="the compiled code cannot be kept or loaded: .*Not a directory"):
+    with pytest.raises(BackendError, match=r"the compiled code cannot be kept or loaded: .*Not a directory"):
         Native().forward(model)
 
 
@@ -167,6 +168,7 @@ def test_machines_there_is_no_code_for(name: str, value: object, reason: str, mo
     assert Native().why_not(None) == reason
 
 
+@only("rwkv6")
 def test_a_torch_without_openmp(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "find_team", lambda: None)
     assert Native().why_not(None) == "torch has no OpenMP library here, whose threads it would use"

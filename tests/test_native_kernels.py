@@ -66,16 +66,17 @@ def test_rows_times_vectors(dtype: torch.dtype, cols: int, kernels: ctypes.CDLL,
     x = random(16, cols)
     alone = torch.empty(16, 23)
     packed = torch.empty(16 * (cols + 64))
+
+    def times(first: int, last: int, x: Tensor, n: int, out: Tensor) -> None:
+        rows = c_int64(first), c_int64(last)
+        kernels.times(byref(matrix), *rows, address(x), c_int64(n), address(out), address(packed))
+
     for b in range(16):
-        kernels.times(
-            byref(matrix), c_int64(0), c_int64(23), address(x[b]), c_int64(1), address(alone[b]), address(packed)
-        )
+        times(0, 23, x[b], 1, alone[b])
     for n in range(1, 17):
         for first, last in ((0, 23), (5, 6), (7, 18), (22, 23), (4, 4)):
             out = torch.full((n, 23), 7.0)
-            kernels.times(
-                byref(matrix), c_int64(first), c_int64(last), address(x), c_int64(n), address(out), address(packed)
-            )
+            times(first, last, x, n, out)
             assert torch.equal(out[:, first:last], alone[:n, first:last])
             assert (out[:, :first] == 7).all()
             assert (out[:, last:] == 7).all()

@@ -76,7 +76,7 @@ def pack(model: Model, packer: Packer) -> Weighted:
         packer.matrix(w.emb),
         packer.norm(*w.ln0),
         packer.norm(*w.ln_out),
-        packer.matrix(w.head),
+        packer.matrix(*w.head),
         layers,
     )
 
@@ -106,12 +106,12 @@ def _layer(block: Block, dtype: torch.dtype, packer: Packer) -> Layer:
         adapter(att.decay_w2),
         packer.vector(att.decay),
         packer.vector(att.bonus),
-        (Matrix * 4)(*(packer.matrix(weight) for weight in att.kvrg)),
+        (Matrix * 4)(*packer.matrices(*att.kvrg)),
         packer.norm(att.ln_x_weight, att.ln_x_bias),
-        packer.matrix(att.output),
+        packer.matrix(*att.output),
         packer.vector(ffn.maa_k),
         packer.vector(ffn.maa_r),
-        packer.matrix(ffn.key),
-        packer.matrix(ffn.receptance),
-        packer.matrix(ffn.value),
+        packer.matrix(*ffn.key),
+        packer.matrix(*ffn.receptance),
+        packer.matrix(*ffn.value),
     )

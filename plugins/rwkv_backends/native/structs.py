@@ -64,6 +64,11 @@ class Packer:
             weight.data_ptr(), None if scale is None else self.vector(scale), rows, cols, DTYPES[weight.dtype]
         )
 
+    def matrices(self, weights: Tensor, scales: Tensor | None) -> list[Matrix]:
+        """Several of one shape, [n, rows, cols] and [n, rows]."""
+        each = [None] * len(weights) if scales is None else list(scales)
+        return [self.matrix(weight, scale) for weight, scale in zip(weights, each, strict=True)]
+
 
 def state_tensor(t: Tensor) -> StateTensor:
     """A tensor [L, B, ...] of the state; each row of a layer is contiguous (see `in_rows`)."""
