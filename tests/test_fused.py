@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CPU, built, only, tiny_config
+from helpers import CPU, built, controls_of, only, tiny_config
 from rwkv_backends import fused
 from rwkv_backends.fused import FAMILIES, PREFILLS, Fused
 from rwkv_backends.kernels.tuning import Tuning
+from rwkv_samplers.nucleus import Nucleus
 
 from rwkv_runtime.checkpoint import build_model
 from rwkv_runtime.model import Architecture, Model
@@ -71,6 +72,18 @@ def test_every_kernel_compiles_for_hopper_and_spills_nothing(
     for kernel in kernels:
         if kernel.name in readers:
             assert "v4.b32" in kernel.ptx, kernel.name
+
+
+@needs_triton
+@needs_compiler
+def test_the_kernels_of_nucleus_compile_for_hopper_and_spill_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rwkv_samplers.kernels import nucleus
+    from sm90 import compiled_by
+
+    logits = torch.zeros(3, 65536)
+    controls = controls_of(Nucleus(), 3, 65536)
+    kernels = compiled_by(lambda: nucleus.sample(logits, controls, 2.0**29), monkeypatch)
+    assert {kernel.name: kernel.spilled for kernel in kernels} == {"_best": 0, "_perturb": 0, "_draw": 0}
 
 
 def test_it_says_what_is_missing(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
