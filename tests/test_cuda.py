@@ -11,6 +11,7 @@ import torch
 from cli_runs import rwkv_run
 from helpers import controls_of
 
+from rwkv_runtime.controls import Controls
 from rwkv_runtime.embedded import embedded_model
 from rwkv_runtime.model import Architecture
 from rwkv_runtime.plugins import Plugins
@@ -60,7 +61,7 @@ def test_the_same_seed_draws_the_same_tokens(plugins: Plugins) -> None:
     logits = torch.randn(rows, V, generator=torch.Generator().manual_seed(2)) * 2
     for sampler in samplers(plugins):
         here = controls_of(sampler, rows, V, seed=5)
-        there = type(here).allocate(sampler, rows, V, torch.device("cuda"))
+        there = Controls.allocate(sampler, rows, V, torch.device("cuda"))
         for row in range(rows):
             there.set(row, check_params(sampler, {}), 5, row)
         drawn = sampler.sample(logits.cuda(), there).cpu()
@@ -88,3 +89,15 @@ def test_rwkv_run_says_in_one_line_that_memory_does_not_suffice(tmp_path: Path) 
     result = rwkv_run(embedded_model(), "--prompts", str(prompts), "--output", str(output), "--rows", "4096")
     assert result.exit_code == 1
     assert result.stderr == "Error: out of memory; try fewer --rows, a smaller --dtype or another --device\n"
+
+
+def test_nucleus_draws_by_its_kernels_what_it_draws_without(plugins: Plugins) -> None:
+    logits = torch.randn(256, V, generator=torch.Generator().manual_seed(4)) * 2
+    logits[::2] = logits[::2].round()
+    sampler = plugins.sampler("nucleus")
+    for params in ({}, {"top_p": 0.5, "temperature": 1.7}, {"top_p": 1.0, "top_k": 3}, {"temperature": 0}):
+        controls = Controls.allocate(sampler, 256, V, torch.device("cuda"))
+        for row in range(256):
+            controls.set(row, check_params(sampler, params), 9, row)
+        plain = controls.draw(sampler.filter(logits.cuda(), controls))
+        assert int((sampler.sample(logits.cuda(), controls) != plain).sum()) <= 1

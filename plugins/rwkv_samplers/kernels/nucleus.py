@@ -117,8 +117,9 @@ def _draw(
 
 @triton.jit
 def _sweep(logits, noisy, floor, top, unit, V, ALL: tl.constexpr, BLOCK: tl.constexpr):
-    """Of the tokens with z > floor: mass, number, and the noisiest one (-1: there is none); and of those with z == floor
-    mass and number. With ALL every token counts as above the floor.
+    """Mass and number of the tokens with z > floor, the same of those with z == floor, and the noisiest of the former.
+
+    -1 where there is none. With ALL every token counts as above the floor.
     """
     above = tl.zeros((BLOCK,), tl.int64)
     tied = tl.zeros((BLOCK,), tl.int64)
