@@ -63,7 +63,7 @@ def section(machine: Machine, plots: Iterable[str] = ()) -> str:
     ceilings = [r for r in results if r["case"] == "ceiling"]
     if ceilings:
         rows = [[r["contestant"], f"{r['rate']:,.2f} {r['unit']}"] for r in ceilings]
-        parts.append("### What the machine can do\n\n" + table(["limit", "best"], rows))
+        parts.append("### What the machine can do\n\n" + table(["limit", "median"], rows))
     targets = gpu_targets() if "gpu" in machine.info else cpu_targets()
     if rows := [aims(target, results) for target in targets]:
         parts.append("### Target and reached\n\n" + table(["", "target", "reached", ""], rows))
