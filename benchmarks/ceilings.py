@@ -6,6 +6,7 @@ Buffers hold ones, not zeros: systems map memory that was never written to one p
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,28 +35,32 @@ class Probe:
 
 @dataclass
 class Ceilings:
-    """The best rates seen so far; a probe not yet run is run when its rate is first asked for."""
+    """The rates of probes; one not yet run is run when its rate is first asked for.
+
+    Of several rounds the median counts, as it does of what is held against it: on a shared machine the best round of
+    few may be half as fast again as any that comes later.
+    """
 
     device: torch.device
     smoke: bool
-    best: dict[str, float] = field(default_factory=dict)
+    rounds: dict[str, list[float]] = field(default_factory=dict)
     units: dict[str, str] = field(default_factory=dict)
 
     def probe(self, name: str) -> Probe:
         return PROBES[name](self)
 
     def record(self, name: str, probe: Probe, seconds: float) -> None:
-        self.best[name] = max(self.best.get(name, 0.0), probe.rate(seconds))
+        self.rounds.setdefault(name, []).append(probe.rate(seconds))
         self.units[name] = probe.unit
 
     def rate(self, name: str) -> float:
-        if name not in self.best:
+        if name not in self.rounds:
             probe = self.probe(name)
             for repeat in range(1 if self.smoke else REPEATS):
                 if repeat == 0:
                     probe.run()  # the first touches the memory
                 self.record(name, probe, clock(probe.run, self.device))
-        return self.best[name]
+        return statistics.median(self.rounds[name])
 
     def read(self) -> float:
         """GB/s of the fastest way to read memory once."""

@@ -36,7 +36,8 @@ there, with the parts of the protocol in order of importance for this machine, G
 All programs of a run had the same random weights in the same process; their logits were checked before anything was
 timed. In brackets: how many times as fast as the `rwkv` package, the median of rounds run in turn with its own. Of
 the limit: the share of the machine's measured read rate (decode; a step moves every matrix once and the state of each
-row twice) or matrix product rate (prefill). Absolute figures are that machine's, on that day.
+row twice) or matrix product rate (prefill), as that run measured it; the table of limits shows the last run's.
+Absolute figures are that machine's, on that day: on a shared one they vary, the ratios much less.
 """
 
 
@@ -63,7 +64,7 @@ def section(machine: Machine, plots: Iterable[str] = ()) -> str:
     ceilings = [r for r in results if r["case"] == "ceiling"]
     if ceilings:
         rows = [[r["contestant"], f"{r['rate']:,.2f} {r['unit']}"] for r in ceilings]
-        parts.append("### What the machine can do\n\n" + table(["limit", "best"], rows))
+        parts.append("### What the machine can do\n\n" + table(["limit", "median"], rows))
     targets = gpu_targets() if "gpu" in machine.info else cpu_targets()
     if rows := [aims(target, results) for target in targets]:
         parts.append("### Target and reached\n\n" + table(["", "target", "reached", ""], rows))
@@ -171,7 +172,8 @@ def profiled(results: Sequence[Record]) -> list[Record]:
 
 def profile(r: Record) -> str:
     rows = [[f"`{function}`", f"{calls:.1f}", f"{own:.1f}"] for function, calls, own in r["profile"]]
-    note = "Forward pass and sampling left out; the profiler's own time, some tenths of a microsecond a call, is in it."
+    note = "Without the steps' forward pass and sampling; with the prompts of texts that follow ended ones and the\n"
+    note += "profiler's own time, some tenths of a microsecond a call."
     return f"{note}\n\n" + table(["function", "calls a step", "own microseconds a step"], rows)
 
 

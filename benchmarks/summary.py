@@ -14,8 +14,8 @@ Line = tuple[str, bool]
 
 def lines(arena: Arena) -> Iterator[Line]:
     """The ceilings, then each group with this runtime beside the others."""
-    best = arena.ceilings.best
-    yield from ((f"{name:<18}{rate:12.2f} {arena.ceilings.units[name]}", False) for name, rate in best.items())
+    limits = arena.ceilings
+    yield from ((f"{name:<18}{limits.rate(name):12.2f} {limits.units[name]}", False) for name in limits.rounds)
     if arena.settings.smoke:
         yield "A smoke run: it shows that everything runs; its figures mean nothing.", False
     records = sorted((r for r in arena.records if r["case"] != "ceiling"), key=lambda r: str(r["group"]))

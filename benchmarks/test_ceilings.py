@@ -17,5 +17,5 @@ def test_ceiling(benchmark: BenchmarkFixture, arena: Arena, probe: str) -> None:
         arena.ceilings.record(probe, chosen, clock(chosen.run, arena.settings.device))
 
     benchmark.pedantic(run, rounds=arena.settings.rounds(7), warmup_rounds=1)
-    figures = {"rate": arena.ceilings.best[probe], "unit": chosen.unit, "device": str(arena.settings.device)}
+    figures = {"rate": arena.ceilings.rate(probe), "unit": chosen.unit, "device": str(arena.settings.device)}
     keep(benchmark, arena, {"case": "ceiling", "contestant": probe, **figures, "smoke": arena.settings.smoke})

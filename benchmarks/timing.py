@@ -88,12 +88,14 @@ def race(
 
 def _plan(runs: Sequence[Run], count: int, rounds: int, device: torch.device) -> tuple[int, int]:
     """Steps a round and rounds that take about as long as they may; warms up on the way."""
-    for run in runs:
-        run()
     single = sum(clock(run, device) for run in runs)
-    count = max(1, min(count, int(ROUND_SECONDS / single)))
-    for run in runs:
-        Steps(run, count, device)()
+    if single < ROUND_SECONDS:  # what the first time adds does not count for a step that is slow
+        single = sum(clock(run, device) for run in runs)
+        count = max(1, min(count, int(ROUND_SECONDS / single)))
+        for run in runs:
+            Steps(run, count, device)()
+    else:
+        count = 1
     return count, max(3, min(rounds, int(CASE_SECONDS / (count * single))))
 
 
