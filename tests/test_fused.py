@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import CPU, built, only, tiny_config
+from helpers import CPU, built, tiny_config
 from rwkv_backends import fused
 from rwkv_backends.fused import FAMILIES, PREFILLS, Fused
 from rwkv_backends.kernels.tuning import Tuning
@@ -36,7 +37,6 @@ def test_the_kernels_are_right_through_triton_s_interpreter() -> None:
 
 @needs_triton
 @needs_compiler
-@only("rwkv6")
 @pytest.mark.parametrize(
     ("embd", "head_size", "vocab", "dtype", "quant"),
     [
@@ -57,17 +57,18 @@ def test_every_kernel_compiles_for_hopper_and_spills_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Weights are read sixteen bytes at a time."""
-    from rwkv_backends.kernels import rwkv6
     from sm90 import as_on_a_gpu, compiled
 
-    config = architecture.sizes(1, embd, vocab, head_size)
+    family = import_module(FAMILIES[architecture.name])
+    config = architecture.sizes(2 if architecture.name == "rwkv7" else 1, embd, vocab, head_size)
     model = build_model(architecture.random(config, dtype=dtype), plugins.architectures, CPU, quant=quant)
     model = replace(model, weights=as_on_a_gpu(model.weights, dtype))
     shapes = [(1, 1), (2, 1), (32, 1), *((1, length) for length in PREFILLS)]
-    kernels = compiled(rwkv6.forward(model, Tuning()), model, shapes, monkeypatch)
-    assert {kernel.name for kernel in kernels} >= {"kvrg_kernel", "value_kernel", "wkv_kernel", "through_kernel"}
+    kernels = compiled(family.forward(model, Tuning()), model, shapes, monkeypatch)
+    assert {kernel.name for kernel in kernels} >= {"head_kernel", "value_kernel", "within_kernel", "through_kernel"}
     assert [(kernel.name, kernel.spilled) for kernel in kernels if kernel.spilled] == []
-    readers = {"shift_lora_kernel", "kvrg_kernel", "add_kernel", "key_receptance_kernel", "value_kernel", "head_kernel"}
+    others = {"add_kernel", "key_receptance_kernel", "value_kernel", "head_kernel"}
+    readers = {"shift_lora_kernel", "kvrg_kernel", "rkv_kernel", *others}
     for kernel in kernels:
         if kernel.name in readers:
             assert "v4.b32" in kernel.ptx, kernel.name
