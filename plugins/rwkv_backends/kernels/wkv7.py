@@ -164,7 +164,8 @@ def step(
     ranks = [0 if up is None else up.shape[1] for up in ups[:4]]
     wide = [triton.next_power_of_2(max(1, rank)) for rank in ranks]
     step_kernel[H, B](
-        rkv, low, *ups[:4], *heads, first, kv, *shifted, out, B, H, *ranks, *ups.places, low.shape[1], N, *wide, num_warps=8
+        rkv, low, *ups[:4], *heads, first, kv, *shifted, out, B, H, *ranks, *ups.places, low.shape[1], N, *wide,
+        num_warps=8,
     )  # fmt: skip
     return out
 
