@@ -1,10 +1,13 @@
-"""What the machine can do at best: every figure is held against these, measured in the same process."""
+"""What the machine can do at best: every figure is held against these, measured in the same process.
+
+Buffers hold ones, not zeros: systems map memory that was never written to one page of zeros, which stays in the cache.
+"""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,7 +59,7 @@ class Ceilings:
 
     def read(self) -> float:
         """GB/s of the fastest way to read memory once."""
-        return max(self.rate("read sum"), self.rate("read mv"))
+        return max(self.rate(name) for name in READS)
 
     def matmul(self, dtype: str) -> float:
         """TFLOP/s of a large square matrix product."""
@@ -94,26 +97,32 @@ def cache_bytes() -> int:
     return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=0)
 
 
-def names(device: torch.device) -> list[str]:
-    """The probes that make sense on a device."""
-    return [name for name in PROBES if name != "empty graph" or device.type == "cuda"]
+def names(device: torch.device, dtypes: Sequence[str]) -> list[str]:
+    """The probes that make sense: of matrix products those in the given dtypes, of which a processor may lack some."""
+    left_out = {f"matmul {dtype}" for dtype in DTYPES if dtype not in dtypes}
+    return [name for name in PROBES if name not in left_out and (name != "empty graph" or device.type == "cuda")]
 
 
 def _copy(c: Ceilings) -> Probe:
-    source = torch.zeros(c.buffer_bytes // 2, dtype=torch.uint8, device=c.device)
+    source = torch.ones(c.buffer_bytes // 2, dtype=torch.uint8, device=c.device)
     target = torch.empty_like(source)
     return Probe(lambda: target.copy_(source), 2 * source.numel(), "GB/s")
 
 
 def _read_sum(c: Ceilings) -> Probe:
-    source = torch.zeros(c.buffer_bytes // 4, device=c.device)
+    source = torch.ones(c.buffer_bytes // 4, device=c.device)
     return Probe(source.sum, 4 * source.numel(), "GB/s")
+
+
+def _read_max(c: Ceilings) -> Probe:
+    source = torch.ones(c.buffer_bytes // 4, device=c.device)
+    return Probe(source.max, 4 * source.numel(), "GB/s")
 
 
 def _read_mv(c: Ceilings) -> Probe:
     columns = 2048
-    matrix = torch.zeros((c.buffer_bytes // 2 // columns, columns), dtype=torch.bfloat16, device=c.device)
-    vector = torch.zeros(columns, dtype=torch.bfloat16, device=c.device)
+    matrix = torch.ones((c.buffer_bytes // 2 // columns, columns), dtype=torch.bfloat16, device=c.device)
+    vector = torch.ones(columns, dtype=torch.bfloat16, device=c.device)
     return Probe(lambda: torch.mv(matrix, vector), 2 * matrix.numel(), "GB/s")
 
 
@@ -135,9 +144,12 @@ def _empty_graph(c: Ceilings) -> Probe:
     return Probe(graph.replay, 1, "replays/ms", 1e3)
 
 
+READS = ("read sum", "read max", "read mv")
+"""Which of them reads fastest differs from machine to machine."""
 PROBES: Mapping[str, Callable[[Ceilings], Probe]] = {
     "copy": _copy,
     "read sum": _read_sum,
+    "read max": _read_max,
     "read mv": _read_mv,
     **{f"matmul {dtype}": _matmul(dtype) for dtype in DTYPES},
     "empty graph": _empty_graph,

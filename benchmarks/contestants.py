@@ -1,27 +1,23 @@
-"""Who is compared: this runtime's backends, the `rwkv` package, and every op compiled by itself."""
+"""Who is compared, of this runtime: its backends, and two ways to run its layers that others use.
+
+What a contestant is to the benchmarks is said by the protocols here; other programs are in `package` and `llama`.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from benchmarks.checkpoints import Checkpoint
-from rwkv_runtime import Backend, Forward, Model, State
+from rwkv_runtime import Backend, Controls, Forward, Model, Sampler
 from rwkv_runtime.engine import CHUNK
+from rwkv_runtime.sampler import check_params
 
-PACKAGE = "rwkv package"
 PER_OP = "per-op compile"
-STRATEGIES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 class Decoder(Protocol):
@@ -34,10 +30,8 @@ class Decoder(Protocol):
 class Contestant(Protocol):
     """One program that can run the model."""
 
-    name: str
-
-    def prefill(self, tokens: Sequence[int]) -> Tensor:
-        """Logits [V] of the last token of a prompt, from a fresh state."""
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Logits [B, V] of the last tokens of B prompts of one length, from a fresh state."""
         ...
 
     def decoder(self, rows: int) -> Decoder: ...
@@ -47,43 +41,71 @@ class Ours:
     """A backend, put together as the engine does."""
 
     def __init__(self, backend: Backend, model: Model) -> None:
-        self.name = backend.name
         self.backend, self.model = backend, model
         self.forward = backend.forward(model)
 
-    def prefill(self, tokens: Sequence[int]) -> Tensor:
-        state = self.model.new_state()
-        for start in range(0, len(tokens), CHUNK):
-            logits = self.forward(torch.tensor([tokens[start : start + CHUNK]], device=self.model.device), state)
-        return logits[0]
+    @torch.inference_mode()
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        tokens, state = torch.tensor(prompts), self.model.new_state(len(prompts))
+        for chunk in tokens.split(CHUNK, dim=1):
+            logits = self.forward(chunk.to(self.model.device), state)
+        return logits
 
-    def decoder(self, rows: int) -> FrozenDecoder:
-        return FrozenDecoder(self, rows)
+    def decoder(self, rows: int, sampler: Sampler | None = None) -> FrozenDecoder:
+        return FrozenDecoder(self, rows, sampler)
 
 
 class FrozenDecoder:
-    """One decode step over static buffers, frozen by the backend."""
+    """One decode step over static buffers, frozen by the backend; with a sampler, a draw for each row is part of it."""
 
-    def __init__(self, ours: Ours, rows: int) -> None:
+    def __init__(self, ours: Ours, rows: int, sampler: Sampler | None) -> None:
         model, forward = ours.model, ours.forward
-        state: State = model.new_state(rows)
+        V = model.config.vocab_size
+        state = model.new_state(rows)
         tokens = torch.zeros((rows, 1), dtype=torch.int64, device=model.device)
-        logits = torch.zeros((rows, model.config.vocab_size), device=model.device)
+        logits = torch.zeros((rows, V), device=model.device)
+        buffers = [*state.tensors.values(), logits]
 
         def think() -> None:
             logits.copy_(forward(tokens, state))
 
+        tick = think
+        if sampler is not None:
+            controls = Controls.allocate(sampler, rows, V, model.device)
+            draw = draws(sampler, logits, controls)
+            buffers += controls.buffers()
+
+            def tick() -> None:
+                think()
+                draw()
+
         begin = time.perf_counter()
-        self.tick = ours.backend.freeze(think, [*state.tensors.values(), logits])
+        with torch.inference_mode():
+            self.tick = ours.backend.freeze(tick, buffers)
         self.freeze_seconds = time.perf_counter() - begin
         self.tokens, self.logits = tokens, logits
 
     def feed(self, tokens: Sequence[int]) -> None:
         self.tokens.copy_(torch.tensor(tokens)[:, None])
 
+    @torch.inference_mode()
     def step(self) -> Tensor:
         self.tick()
         return self.logits
+
+
+def draws(
+    sampler: Sampler, logits: Tensor, controls: Controls, params: Mapping[str, float] | None = None
+) -> Callable[[], None]:
+    """One draw for every row of logits [B, V], as the engine asks for it; row i has seed i."""
+    for row in range(len(logits)):
+        controls.set(row, check_params(sampler, params or {}), seed=row, position=0)
+
+    def draw() -> None:
+        sampler.update(sampler.sample(logits, controls), logits, controls)
+        controls.position.add_(1)
+
+    return draw
 
 
 class PerOpCompile(Backend):
@@ -91,64 +113,17 @@ class PerOpCompile(Backend):
 
     name = PER_OP
 
-    def __init__(self, tune: bool = True) -> None:
-        """Tuning takes minutes; without it the ops are only traced, which shows that they can be."""
-        self.options: dict[str, Any] = {"mode": "max-autotune"} if tune else {"backend": "eager"}
+    def __init__(self, usable: Backend, tune: bool = True) -> None:
+        """`usable` is asked whether torch.compile works. Tuning takes minutes; without it the ops are only traced,
+        which shows that they can be."""
+        self.usable = usable
+        self.options: dict[str, Any] = {"mode": "max-autotune-no-cudagraphs"} if tune else {"backend": "eager"}
+
+    def why_not(self, model: Model | None) -> str | None:
+        return self.usable.why_not(model)
 
     def forward(self, model: Model) -> Forward:
         ops: dict[str, Callable[..., Any]] = {
             name: torch.compile(op, dynamic=False, **self.options) for name, op in model.architecture.ops.items()
         }
         return partial(model.architecture.forward, ops, model.weights)
-
-
-class Package:
-    """The `rwkv` package. It has no batches for RWKV-6: several rows are read one after another."""
-
-    name = PACKAGE
-
-    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints every tensor it loads
-            from rwkv.model import RWKV
-
-            self.model = RWKV(str(checkpoint.pth.with_suffix("")), f"{device} {STRATEGIES[checkpoint.dtype]}")
-
-    def prefill(self, tokens: Sequence[int]) -> Tensor:
-        logits: Tensor = self.model.forward(list(tokens), None)[0]
-        return logits
-
-    def decoder(self, rows: int) -> PackageDecoder:
-        return PackageDecoder(self.model, rows)
-
-
-class PackageDecoder:
-    def __init__(self, model: Any, rows: int) -> None:
-        self.model = model
-        self.states: list[Any] = [None] * rows
-        self.tokens: Sequence[int] = [0] * rows
-
-    def feed(self, tokens: Sequence[int]) -> None:
-        self.tokens = tokens
-
-    def step(self) -> Tensor:
-        rows = []
-        for row, token in enumerate(self.tokens):
-            logits, self.states[row] = self.model.forward([token], self.states[row])
-            rows.append(logits)
-        return torch.stack(rows) if len(rows) > 1 else rows[0][None]
-
-
-def import_package() -> None:
-    """Importing it sets flags of torch for the whole process.
-
-    Done before anything is compiled: torch.compile would compile anew when a flag changes.
-    """
-    if why_no_package() is None:
-        os.environ.setdefault("RWKV_JIT_ON", "1")  # both are read when the package is imported
-        os.environ.setdefault("RWKV_CUDA_ON", "0")
-        import_module("rwkv.model")
-
-
-def why_no_package() -> str | None:
-    """None where the `rwkv` package is installed."""
-    return None if find_spec("rwkv") else "the rwkv package is not installed"

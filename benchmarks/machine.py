@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-PACKAGES = ("rwkv-runtime", "rwkv", "torch", "triton", "numpy", "pyrwkv-tokenizer")
+PACKAGES = ("rwkv-runtime", "rwkv", "torch", "triton", "numpy", "pyrwkv-tokenizer", "fla-core", "llama-cpp-python")
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "asimd", "sve", "bf16")
 
 
@@ -32,8 +34,18 @@ def describe(device: torch.device) -> dict[str, Any]:
         info["gpu"] = properties.name
         info["gpu_memory_gb"] = round(properties.total_memory / 1e9)
         info["cuda"] = torch.version.cuda
-        info["tf32"] = torch.backends.cuda.matmul.allow_tf32
+        info["clocks"] = clocks()
     return info
+
+
+def clocks() -> dict[str, str]:
+    """Clocks, limits and driver of the first GPU as nvidia-smi says now; {} where there is none. Sets nothing."""
+    names = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit", "driver_version")
+    if not shutil.which("nvidia-smi"):
+        return {}
+    command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader", "--id=0"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return dict(zip(names, (value.strip() for value in answer.split(",")), strict=False))
 
 
 def _version(name: str) -> str | None:

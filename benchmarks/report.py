@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
-from typing import Any
 
-Result = Mapping[str, Any]
-"""What one benchmark stored in its extra_info."""
+from benchmarks.plots import draw
+from benchmarks.results import Machine, Record, read
+from benchmarks.targets import PACKAGE, Target, cpu_targets, gpu_targets
 
-PACKAGE = "rwkv package"
 HEADINGS = {
     "decode": "Decode: tokens a second",
-    "prefill": "Prefill: tokens of the prompt a second",
+    "prefill": "Prefill: tokens of the prompts a second",
     "generate": "Generate, with engine and sampling: tokens a second",
+    "sampling share": "Sampling: what nucleus takes of a step of one row",
     "sampling": "Sampling from 65,536 logits: draws a second",
     "tokenizer encode": "Tokenizer: MB encoded a second",
     "tokenizer decode": "Tokenizer: MB decoded a second",
     "tokenizer load": "Vocabulary: ms to load",
     "load": "Checkpoint: ms to load, from the system's file cache",
     "start": "Start: seconds of a fresh process up to its first token",
+    "overhead": "Engine: what of a step is neither forward pass nor sampling, embedded model, one row",
+    "growth": "Growth: a step after a long context against one after 100 tokens, embedded model, one row",
 }
+WIDE = 10
+"""Most columns of a table."""
 INTRODUCTION = """\
-Written by `python -m benchmarks.report` from what `pytest benchmarks --benchmark-json=FILE.json` saved.
-All programs ran the same random weights in the same process; their logits were checked before anything was timed.
-In brackets: how many times as fast as the `rwkv` package, the median of rounds run in turn with its own. Of a limit:
-the share of the machine's measured read rate (decode) or matrix product rate (prefill). Absolute figures are this
-machine's, on that day.
+Written by `python -m benchmarks.report benchmarks/results/*.json` from what `pytest benchmarks --results FILE.json`
+saved; runs with other settings add to a file. `python -m benchmarks.suite FOLDER --seconds 540` makes `results.json`
+there, with the parts of the protocol in order of importance for this machine, GPU or CPU; `--part NAME` makes one.
+
+All programs of a run had the same random weights in the same process; their logits were checked before anything was
+timed. In brackets: how many times as fast as the `rwkv` package, the median of rounds run in turn with its own. Of
+the limit: the share of the machine's measured read rate (decode; a step moves every matrix once and the state of each
+row twice) or matrix product rate (prefill). Absolute figures are that machine's, on that day.
 """
 
 
@@ -38,82 +45,117 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE.json")
     parser.add_argument("--output", type=Path, default=Path("docs/benchmarks.md"))
     options = parser.parse_args(argv)
-    runs = [json.loads(path.read_text()) for path in options.files]
-    results = [b["extra_info"] for run in runs for b in run["benchmarks"] if "case" in b["extra_info"]]
     options.output.parent.mkdir(parents=True, exist_ok=True)
     images = options.output.parent / "images"
-    plots = draw(results, images) if find_spec("matplotlib") else []
-    options.output.write_text(page(runs, results, [f"{images.name}/{plot.name}" for plot in plots]))
+    sections = []
+    for machine in read(options.files):
+        plots = draw(machine.results, images, slug(machine.info)) if find_spec("matplotlib") else []
+        sections.append(section(machine, [f"{images.name}/{plot.name}" for plot in plots]))
+    options.output.write_text("\n\n".join(["# Benchmarks", INTRODUCTION.strip(), *sections]) + "\n")
 
 
-def page(runs: Sequence[Mapping[str, Any]], results: Sequence[Result], plots: Iterable[str] = ()) -> str:
-    """The document, in Markdown."""
-    parts = ["# Benchmarks", INTRODUCTION]
+def section(machine: Machine, plots: Iterable[str] = ()) -> str:
+    """All about one machine, in Markdown."""
+    results = machine.results
+    parts = [f"## {name(machine.info)}", about(machine)]
     if any(r["smoke"] for r in results):
         parts.append("**From a smoke run: it shows that everything runs; the figures mean nothing.**")
-    parts += [machine(run["machine_info"].get("rwkv_runtime", {})) for run in runs]
     ceilings = [r for r in results if r["case"] == "ceiling"]
     if ceilings:
         rows = [[r["contestant"], f"{r['rate']:,.2f} {r['unit']}"] for r in ceilings]
-        parts.append("## What the machine can do\n\n" + table(["limit", "best"], rows))
+        parts.append("### What the machine can do\n\n" + table(["limit", "best"], rows))
+    targets = gpu_targets() if "gpu" in machine.info else cpu_targets()
+    if rows := [aims(target, results) for target in targets]:
+        parts.append("### Target and reached\n\n" + table(["", "target", "reached", ""], rows))
     for case, heading in HEADINGS.items():
         members = [r for r in results if r["case"] == case]
         if members:
-            parts.append(f"## {heading}\n\n{comparison(members)}")
+            parts.append(f"### {heading}\n\n{comparison(members)}")
+    parts += [f"### Where the engine's own time goes: {r['contestant']}\n\n{profile(r)}" for r in profiled(results)]
     flags = [f"- {r['case']} {where(r)}, {r['contestant']}: {r['flag']}" for r in results if "flag" in r]
     if flags:
-        parts.append("## Above a limit\n\nThese need an explanation before they are believed.\n\n" + "\n".join(flags))
+        parts.append("### Above a limit\n\nThese need an explanation before they are believed.\n\n" + "\n".join(flags))
     parts += [f"![{Path(plot).stem.replace('-', ' ')}]({plot})" for plot in plots]
-    return "\n\n".join(part.strip() for part in parts) + "\n"
+    return "\n\n".join(part.strip() for part in parts)
 
 
-def machine(info: Mapping[str, Any]) -> str:
-    """Where a run took place, and the command that made it."""
-    versions = ", ".join(f"{name} {number}" for name, number in info.get("versions", {}).items())
+def name(info: Record) -> str:
+    return str(info.get("gpu") or info.get("cpu_model") or "unknown CPU")
+
+
+def slug(info: Record) -> str:
+    return "gpu" if "gpu" in info else "cpu"
+
+
+def about(machine: Machine) -> str:
+    """Where the runs took place, and the commands that made them."""
+    info = machine.info
+    versions = ", ".join(f"{package} {number}" for package, number in info.get("versions", {}).items())
     lines = [
         f"- {info.get('cpu_model', 'unknown CPU')}, {info.get('cores', '?')} cores, {info.get('threads', '?')} threads"
         f" ({', '.join(info.get('cpu_flags', ())) or 'flags unknown'}), load {info.get('load_average', 0):.1f}",
         f"- Python {info.get('python', '?')}, {versions}",
-        f"- `{info.get('command', 'pytest benchmarks')}`",
+        f"- `rwkv` package: {info.get('rwkv_package', 'unknown')}",
+        *(f"- `{command}`" for command in machine.commands),
     ]
     if "gpu" in info:
-        lines.insert(1, f"- {info['gpu']}, {info['gpu_memory_gb']} GB, CUDA {info['cuda']}")
+        gpu = f"- {info['gpu']}, {info['gpu_memory_gb']} GB, CUDA {info['cuda']}"
+        lines.insert(1, ", ".join([gpu, *(f"{key} {value}" for key, value in info.get("clocks", {}).items())]))
     return "\n".join(lines)
 
 
-def comparison(members: Sequence[Result]) -> str:
-    """One row for each setting, one column for each contestant; the package comes last."""
+def aims(target: Target, results: Sequence[Record]) -> list[str]:
+    """One row: what, target, reached and by whom, whether that is enough."""
+    reached = target.find(results)
+    if reached is None:
+        return [target.what, target.aim(), "not measured", ""]
+    met = "yes" if target.met(reached.value) else "no"
+    return [target.what, target.aim(), f"{target.form.format(reached.value)} ({reached.who})", met]
+
+
+def comparison(members: Sequence[Record]) -> str:
+    """One row for each setting, one column for each contestant, the package last; turned round where too wide."""
     names = sorted(dict.fromkeys(r["contestant"] for r in members), key=lambda name: name == PACKAGE)
-    by_setting: dict[str, dict[str, Result]] = {}
+    by_setting: dict[str, dict[str, Record]] = {}
     for r in members:
         by_setting.setdefault(where(r), {})[r["contestant"]] = r
-    rows = [
-        [setting, *(figure(found[name]) if name in found else "" for name in names)]
-        for setting, found in by_setting.items()
-    ]
-    return table(["", *names], rows)
+    cells = [[figure(found[name]) if name in found else "" for name in names] for found in by_setting.values()]
+    if len(names) > WIDE:
+        columns = zip(*cells, strict=True)
+        return table(["", *by_setting], [[name, *column] for name, column in zip(names, columns, strict=True)])
+    return table(["", *names], [[setting, *row] for setting, row in zip(by_setting, cells, strict=True)])
 
 
-def where(r: Result) -> str:
+def where(r: Record) -> str:
     """What was asked of all contestants alike."""
-    parts = [str(r[name]) for name in ("size", "dtype") if name in r]
-    parts += [f"{name} {r[name]}" for name in ("batch", "length") if name in r]
+    parts = [str(r[key]) for key in ("architecture", "size", "dtype") if key in r]
+    parts += [f"{key} {r[key]}" for key in ("batch", "prompts", "length", "context") if key in r]
     return " ".join([*parts, r["device"]])
 
 
-def figure(r: Result) -> str:
+def figure(r: Record) -> str:
     """One cell."""
-    if r["case"] == "start":
-        cold = f"; {r['cold_first_token']:.1f} with an empty compiler cache" if r["contestant"] == "compile" else ""
-        return f"{r['ms_p50'] / 1e3:.1f}, {r['peak_gb']:.1f} GB{cold}"
-    value = next((r[name] for name in ("tokens_per_second", "megabytes_per_second") if name in r), None)
-    text = f"{r['ms_p50']:,.0f} ms" if r["case"] == "load" or value is None else number(value)
+    case = r["case"]
+    if case == "start":
+        text = f"{r['ms_p50'] / 1e3:.1f} (load {r['warm_load']:.1f}, prepare {r['warm_prepare']:.1f})"
+        cold = f"; {r['cold_first_token']:.1f} with empty caches" if "cold_first_token" in r else ""
+        return f"{text}, {r['peak_gb']:.1f} GB{cold}"
+    if case == "overhead":
+        return f"{r['share_outside']:.1%} of {r['ms_p50']:.2f} ms"
+    if case == "sampling share":
+        return f"{r['sampling_share']:.1%} of {r['ms_p50']:.2f} ms"
+    if case == "growth":
+        return f"{r['growth']:.2f}x; {r['grown_mb']:+.1f} MB while {r['written']:,} more were written"
+    value = next((r[key] for key in ("tokens_per_second", "megabytes_per_second") if key in r), None)
+    text = f"{r['ms_p50']:,.0f} ms" if case == "load" or value is None else number(value)
     notes = []
     if r["ratio_to_package"] is not None and r["contestant"] != PACKAGE:
         notes.append(f"{r['ratio_to_package']:.2f}x")
     share = r.get("read_share", r.get("matmul_share"))
     if share is not None:
         notes.append(f"{share:.0%} of the limit")
+    if case == "decode":
+        notes.append(f"p99 {r['ms_p99']:.1f} ms")
     return f"{text} ({', '.join(notes)})" if notes else text
 
 
@@ -121,49 +163,21 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
+def profiled(results: Sequence[Record]) -> list[Record]:
+    """The result with the least time outside the forward pass, of each device: the others' engine is the same."""
+    members = sorted((r for r in results if r["case"] == "overhead"), key=lambda r: (r["device"], r["share_outside"]))
+    return [next(found) for _, found in groupby(members, key=lambda r: str(r["device"]))]
+
+
+def profile(r: Record) -> str:
+    rows = [[f"`{function}`", f"{calls:.1f}", f"{own:.1f}"] for function, calls, own in r["profile"]]
+    note = "Forward pass and sampling left out; the profiler's own time, some tenths of a microsecond a call, is in it."
+    return f"{note}\n\n" + table(["function", "calls a step", "own microseconds a step"], rows)
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def draw(results: Sequence[Result], folder: Path) -> list[Path]:
-    """Plots of the figures that depend on a number, one file each; none for a case with no results."""
-    folder.mkdir(parents=True, exist_ok=True)
-    plots = (
-        ("decode", "batch", "tokens_per_second", "tokens a second", "tokens-a-second-against-batch.png"),
-        ("prefill", "length", "tokens_per_second", "tokens a second", "tokens-a-second-against-prompt-length.png"),
-        ("decode", "batch", "read_share", "share of the read rate", "decode-share-of-the-limit.png"),
-        ("prefill", "length", "matmul_share", "share of the matrix product rate", "prefill-share-of-the-limit.png"),
-    )
-    made = []
-    for case, across, up, label, name in plots:
-        members = [r for r in results if r["case"] == case]
-        if members:
-            draw_one(members, across, up, label, folder / name)
-            made.append(folder / name)
-    return made
-
-
-def draw_one(members: Sequence[Result], across: str, up: str, label: str, path: Path) -> None:
-    """One line for each contestant and model."""
-    from matplotlib.figure import Figure  # not pyplot, which keeps state of its own
-
-    chart = Figure(figsize=(7, 4), layout="constrained")
-    axes = chart.add_subplot()
-    lines: dict[str, list[tuple[int, float]]] = {}
-    for r in members:
-        lines.setdefault(f"{r['contestant']}, {r['size']} {r['dtype']}", []).append((r[across], r[up]))
-    for name, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
-    ticks = sorted({r[across] for r in members})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("rows in the batch" if across == "batch" else "tokens in the prompt")
-    axes.set_ylabel(label)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
-    chart.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

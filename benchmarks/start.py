@@ -27,8 +27,9 @@ class Start(NamedTuple):
 
 
 def environment(cache: Path) -> dict[str, str]:
-    """That of this process, with a compiler cache in its own folder."""
-    return {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"), "TRITON_CACHE_DIR": str(cache / "triton")}
+    """That of this process, with the caches of compilers, and whatever a backend caches, in a folder of their own."""
+    folders = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton", "XDG_CACHE_HOME": "other"}
+    return {**os.environ, **{name: str(cache / folder) for name, folder in folders.items()}}
 
 
 def start_ours(path: Path, backend: str, dtype: str, device: str) -> list[float]:
@@ -51,13 +52,13 @@ def start_ours(path: Path, backend: str, dtype: str, device: str) -> list[float]
 
 
 def start_package(path: Path, dtype: str, device: str) -> list[float]:
-    os.environ |= {"RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0"}  # both are read when the package is imported
+    """With the settings that its variables say; see `package`."""
     from rwkv.model import RWKV
     from rwkv.utils import PIPELINE
 
     times = [time.perf_counter()]
     short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[dtype]
-    model = RWKV(str(path.with_suffix("")), f"{device} {short}", verbose=False)
+    model = RWKV(str(path.with_suffix("")), f"{device} {short}")
     times.append(time.perf_counter())
     pipeline = PIPELINE(model, "rwkv_vocab_v20230424")
     times.append(time.perf_counter())

@@ -6,6 +6,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.arena import Arena
 from benchmarks.ceilings import clock
+from benchmarks.timing import keep
 
 
 def test_ceiling(benchmark: BenchmarkFixture, arena: Arena, probe: str) -> None:
@@ -16,6 +17,5 @@ def test_ceiling(benchmark: BenchmarkFixture, arena: Arena, probe: str) -> None:
         arena.ceilings.record(probe, chosen, clock(chosen.run, arena.settings.device))
 
     benchmark.pedantic(run, rounds=arena.settings.rounds(7), warmup_rounds=1)
-    benchmark.extra_info.update(
-        case="ceiling", contestant=probe, rate=arena.ceilings.best[probe], unit=chosen.unit, smoke=arena.settings.smoke
-    )
+    figures = {"rate": arena.ceilings.best[probe], "unit": chosen.unit, "device": str(arena.settings.device)}
+    keep(benchmark, arena, {"case": "ceiling", "contestant": probe, **figures, "smoke": arena.settings.smoke})

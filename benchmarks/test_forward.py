@@ -1,29 +1,30 @@
-"""Reading a prompt, writing tokens, and both with sampling, on the same weights."""
+"""Reading prompts, writing tokens, and both with sampling, on the same weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.arena import Arena, Lineup, Unavailable, prompt
-from benchmarks.contestants import PACKAGE, PER_OP, Package
+from benchmarks.arena import Arena, Lineup, prompt
+from benchmarks.contestants import PER_OP
+from benchmarks.package import PACKAGE, Package
+from benchmarks.room import Unavailable
 from benchmarks.timing import Timing, race, record
 from rwkv_runtime import Runtime
 from rwkv_runtime.tokenizer import load_tokenizer, world_vocabulary
 
 Make = Callable[[str], Callable[[], object]]
 """Name of a contestant -> its step, ready and checked. Raises Unavailable."""
+ROWS = 8
+"""Most rows for which programs that read one after another take part."""
 
 
 def race_package(benchmark: BenchmarkFixture, arena: Arena, make: Make, name: str, count: int, rounds: int) -> Timing:
-    """A contestant against the `rwkv` package where that is there; skips one that cannot take part."""
-    try:
-        step = make(name)
-    except Unavailable as reason:
-        pytest.skip(f"{name}: {reason}")
+    """A contestant against the `rwkv` package where that is there. Raises Unavailable for one that is not."""
+    step = make(name)
     try:
         rival = None if name == PACKAGE else make(PACKAGE)
     except Unavailable:
@@ -31,69 +32,77 @@ def race_package(benchmark: BenchmarkFixture, arena: Arena, make: Make, name: st
     return race(benchmark, arena, step, rival, count=count, rounds=rounds)
 
 
-def test_decode(benchmark: BenchmarkFixture, arena: Arena, size: str, dtype: str, batch: int, contestant: str) -> None:
-    if contestant == PER_OP and batch > 1:
-        pytest.skip(f"{PER_OP}: compared for one row only")
-    count = 2 if arena.settings.smoke else max(1, 16 // batch)  # rows cost the package time, one by one
-    benchmark.group = f"1 decode {size} {dtype} batch {batch} ({count} steps a round)"
-    lineup = arena.lineup(size, dtype)
+def of_model(lineup: Lineup) -> dict[str, Any]:
+    checkpoint = lineup.checkpoint
+    return {"architecture": checkpoint.architecture.name, "size": checkpoint.size, "dtype": checkpoint.dtype}
+
+
+def test_decode(benchmark: BenchmarkFixture, arena: Arena, lineup: Lineup, batch: int, contestant: str) -> None:
+    # At least four steps a round on a GPU, so that waiting for its end does not count; rows cost the package time.
+    count = 2 if arena.settings.smoke else max(4 if arena.settings.device.type == "cuda" else 1, 16 // batch)
+    model = of_model(lineup)
+    benchmark.group = f"1 decode {' '.join(model.values())} batch {batch}"
 
     def make(name: str) -> Callable[[], object]:
+        if name == PER_OP and batch > 1 and not arena.settings.smoke:
+            raise Unavailable("compared for one row only: tuning takes minutes")
+        if name == PACKAGE and batch > ROWS:
+            raise Unavailable(f"it has no batches: compared for up to {ROWS} rows")
         decoder = lineup.decoder(name, batch)
         decoder.feed(prompt(batch))
         return decoder.step
 
     timing = race_package(benchmark, arena, make, contestant, count, rounds=8)
     # The package reads the weights once a row; what counts is what a step has to read.
-    read = lineup.checkpoint.matrix_bytes
+    moved = lineup.bytes_per_step(batch)
     figures = {
-        "size": size,
-        "dtype": dtype,
         "batch": batch,
         "tokens_per_second": batch / timing.p50,
-        "bytes_per_step": read,
-        "read_gb_per_second": read / timing.p50 / 1e9,
-        "read_share": read / timing.p50 / 1e9 / arena.ceilings.read(),
+        "bytes_per_step": moved,
+        "read_gb_per_second": moved / timing.p50 / 1e9,
+        "read_share": moved / timing.p50 / 1e9 / arena.ceilings.read(),
+        "teraflops": lineup.checkpoint.decode_flops(batch) / timing.p50 / 1e12,
     }
     seconds = getattr(lineup.decoder(contestant, batch), "freeze_seconds", 0.0)
-    record(benchmark, arena, "decode", contestant, timing, **figures, freeze_seconds=seconds)
+    record(benchmark, arena, "decode", contestant, timing, **model, **figures, freeze_seconds=seconds)
 
 
 def test_prefill(
-    benchmark: BenchmarkFixture, arena: Arena, size: str, dtype: str, length: int, contestant: str
+    benchmark: BenchmarkFixture, arena: Arena, lineup: Lineup, length: int, prompts: int, contestant: str
 ) -> None:
-    if contestant == PER_OP:
-        pytest.skip(f"{PER_OP}: compared for decoding only")
-    benchmark.group = f"2 prefill {size} {dtype} {length} tokens"
-    lineup, tokens = arena.lineup(size, dtype), prompt(length)
+    model = of_model(lineup)
+    benchmark.group = f"2 prefill {' '.join(model.values())} {prompts} x {length} tokens"
+    texts = [prompt(length, start) for start in range(prompts)]
 
     def make(name: str) -> Callable[[], object]:
+        if name == PER_OP and not arena.settings.smoke:
+            raise Unavailable("compared for decoding only: tuning takes minutes for every length")
         chosen = lineup.contestant(name)
-        return lambda: chosen.prefill(tokens)
+        lineup.room_for_prompts(name, prompts, length)
+        return lambda: chosen.prefill(texts)
 
     timing = race_package(benchmark, arena, make, contestant, count=1, rounds=5)
-    teraflops = lineup.checkpoint.prefill_flops(length) / timing.p50 / 1e12
+    teraflops = prompts * lineup.checkpoint.prefill_flops(length) / timing.p50 / 1e12
     figures = {
-        "size": size,
-        "dtype": dtype,
         "length": length,
-        "tokens_per_second": length / timing.p50,
+        "prompts": prompts,
+        "tokens_per_second": prompts * length / timing.p50,
         "teraflops": teraflops,
-        "matmul_share": teraflops / arena.ceilings.matmul(dtype),
+        "matmul_share": teraflops / arena.ceilings.matmul(lineup.checkpoint.dtype),
     }
-    record(benchmark, arena, "prefill", contestant, timing, **figures)
+    record(benchmark, arena, "prefill", contestant, timing, **model, **figures)
 
 
-def test_generate(benchmark: BenchmarkFixture, arena: Arena, size: str, dtype: str, program: str) -> None:
+def test_generate(benchmark: BenchmarkFixture, arena: Arena, lineup: Lineup, program: str) -> None:
     tokens = 4 if arena.settings.smoke else 32
-    benchmark.group = f"3 generate {size} {dtype} ({tokens} tokens after 16, nucleus)"
-    lineup = arena.lineup(size, dtype)
+    model = of_model(lineup)
+    benchmark.group = f"3 generate {' '.join(model.values())} ({tokens} tokens after 16, nucleus)"
 
     def make(name: str) -> Callable[[], object]:
         return package_writer(lineup, tokens) if name == PACKAGE else our_writer(arena, lineup, name, tokens)
 
     timing = race_package(benchmark, arena, make, program, count=1, rounds=5)
-    record(benchmark, arena, "generate", program, timing, size=size, dtype=dtype, tokens_per_second=tokens / timing.p50)
+    record(benchmark, arena, "generate", program, timing, **model, tokens_per_second=tokens / timing.p50)
 
 
 def our_writer(arena: Arena, lineup: Lineup, name: str, tokens: int) -> Callable[[], object]:

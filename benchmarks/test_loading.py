@@ -9,23 +9,29 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.arena import Arena
+from benchmarks.arena import Arena, Lineup
 from benchmarks.checkpoints import Checkpoint
-from benchmarks.contestants import PACKAGE, Package, why_no_package
+from benchmarks.package import PACKAGE, SWITCHES, Package, why_no_package
+from benchmarks.room import Unavailable, require
 from benchmarks.start import Start, environment
+from benchmarks.test_forward import of_model
 from benchmarks.timing import Timing, race, record
 from rwkv_runtime.checkpoint import build_model, open_tensors
+from rwkv_runtime.runtime import why_not
 
 
 @pytest.mark.parametrize("loader", ["rwkv-runtime, .pth", "rwkv-runtime, .safetensors", PACKAGE])
-def test_load(benchmark: BenchmarkFixture, arena: Arena, size: str, dtype: str, loader: str) -> None:
+def test_load(benchmark: BenchmarkFixture, arena: Arena, lineup: Lineup, loader: str) -> None:
     """The file is in the system's cache: it was just written."""
-    if loader == PACKAGE and (reason := why_no_package()):
-        pytest.skip(reason)
-    benchmark.group = f"6 load {size} {dtype}"
-    checkpoint, device = arena.checkpoint(size, dtype), arena.settings.device
+    checkpoint, device, model = lineup.checkpoint, arena.settings.device, of_model(lineup)
+    reason = why_no_package(checkpoint.architecture.name)
+    if loader == PACKAGE and reason:
+        raise Unavailable(reason)
+    benchmark.group = f"6 load {' '.join(model.values())}"
+    require(2 * checkpoint.nbytes, device, "two copies of the weights")
     path = checkpoint.safetensors() if loader.endswith(".safetensors") else checkpoint.pth
 
     def package() -> object:
@@ -34,32 +40,25 @@ def test_load(benchmark: BenchmarkFixture, arena: Arena, size: str, dtype: str, 
     step: Callable[[], object] = package
     if loader != PACKAGE:
         step = lambda: build_model(open_tensors(path), arena.plugins.architectures, device)  # noqa: E731
-    rival = None if loader == PACKAGE or why_no_package() else package
-    timing = race(benchmark, arena, step, rival, rounds=3, warmup=1)
+    rival = None if loader == PACKAGE or reason else package
+    timing = race(benchmark, arena, step, rival, rounds=3)
     megabytes = path.stat().st_size / 1e6
-    record(
-        benchmark,
-        arena,
-        "load",
-        loader,
-        timing,
-        size=size,
-        dtype=dtype,
-        megabytes_per_second=megabytes / timing.p50,
-    )
+    record(benchmark, arena, "load", loader, timing, **model, megabytes_per_second=megabytes / timing.p50)
 
 
-def test_start(benchmark: BenchmarkFixture, arena: Arena, tmp_path: Path, size: str, dtype: str, program: str) -> None:
+def test_start(benchmark: BenchmarkFixture, arena: Arena, lineup: Lineup, tmp_path: Path, program: str) -> None:
     """A process of its own, so that its memory and its compiler's cache are its own."""
+    checkpoint, model = lineup.checkpoint, of_model(lineup)
     if program == PACKAGE:
-        reason = why_no_package()
+        reason = why_no_package(checkpoint.architecture.name)
     else:
-        reason = arena.plugins.backends.get(program).why_not(arena.lineup(size, dtype).model)
+        reason = why_not(arena.plugins.backends.get(program), lineup.model)
     if reason:
-        pytest.skip(f"{program}: {reason}")
-    benchmark.group = f"7 start to first token {size} {dtype}"
-    checkpoint = arena.checkpoint(size, dtype)
-    cold = start(checkpoint, arena, program, tmp_path)  # the compiler's cache is empty, later it is not
+        raise Unavailable(reason)
+    benchmark.group = f"7 start to first token {' '.join(model.values())}"
+    require(3 * checkpoint.nbytes, arena.settings.device, "a process of its own")
+    # The compiler's cache is empty at first, later it is not; the package has none.
+    cold = None if program == PACKAGE or arena.settings.smoke else start(checkpoint, arena, program, tmp_path)
     warm: list[Start] = []
 
     def again() -> None:
@@ -68,21 +67,19 @@ def test_start(benchmark: BenchmarkFixture, arena: Arena, tmp_path: Path, size: 
     benchmark.pedantic(again, rounds=arena.settings.rounds(3))
     best = min(warm, key=lambda s: s.first_token)
     timing = Timing(best.first_token, max(s.first_token for s in warm), None)
-    figures = {
-        "size": size,
-        "dtype": dtype,
-        "cold_first_token": cold.first_token,
-        "cold_prepare": cold.prepare,
-        **{f"warm_{name}": value for name, value in best._asdict().items() if name not in ("peak_gb", "first_token")},
-        "peak_gb": best.peak_gb,
-    }
-    record(benchmark, arena, "start", program, timing, **figures)
+    figures: dict[str, float] = {f"warm_{name}": value for name, value in best._asdict().items() if name != "peak_gb"}
+    if cold:
+        figures |= {"cold_first_token": cold.first_token, "cold_prepare": cold.prepare}
+    record(benchmark, arena, "start", program, timing, **model, **figures, peak_gb=best.peak_gb)
 
 
 def start(checkpoint: Checkpoint, arena: Arena, program: str, cache: Path) -> Start:
+    """The package starts without its CUDA kernels: its build of them would be timed with it."""
     command = [sys.executable, "-m", "benchmarks.start", str(checkpoint.pth), program, checkpoint.dtype]
     command.append(str(arena.settings.device))
+    variables = environment(cache) | SWITCHES.get(checkpoint.architecture.name, {})
+    variables |= {"RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0", "OMP_NUM_THREADS": str(torch.get_num_threads())}
     root = Path(__file__).parent.parent
-    done = subprocess.run(command, cwd=root, env=environment(cache), capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=root, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return Start(**json.loads(done.stdout.splitlines()[-1]))

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from benchmarks.arena import Arena
 from benchmarks.checkpoints import VOCAB_SIZE
-from benchmarks.contestants import PACKAGE, why_no_package
+from benchmarks.contestants import draws
+from benchmarks.package import PACKAGE, why_no_package
 from benchmarks.timing import race, record
 from rwkv_runtime import Controls
-from rwkv_runtime.sampler import check_params
 
 FULL = {"temperature": 0.9, "top_p": 0.7, "top_k": 50}
 
@@ -30,14 +30,7 @@ def our_step(arena: Arena, sampler: str, batch: int, params: dict[str, float]) -
     chosen = arena.plugins.sampler(sampler)
     device = torch.device("cpu") if chosen.runs == "host" else arena.settings.device
     controls, logits = Controls.allocate(chosen, batch, VOCAB_SIZE, device), make_logits(batch, device)
-    for row in range(batch):
-        controls.set(row, check_params(chosen, params), seed=row, position=0)
-
-    def step() -> None:
-        chosen.update(chosen.sample(logits, controls), logits, controls)
-        controls.position.add_(1)
-
-    return step
+    return draws(chosen, logits, controls, params)
 
 
 def package_step(arena: Arena, batch: int, params: dict[str, float]) -> Callable[[], object] | None:
@@ -77,6 +70,6 @@ def compare(
     rival: Callable[[], object] | None,
     batch: int,
 ) -> None:
-    benchmark.group = f"4 sampling batch {batch} (20 draws a round)"
+    benchmark.group = f"4 sampling batch {batch}"
     timing = race(benchmark, arena, step, rival, count=20, rounds=10)
     record(benchmark, arena, "sampling", name, timing, batch=batch, tokens_per_second=batch / timing.p50)

@@ -9,7 +9,7 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.arena import Arena
-from benchmarks.contestants import PACKAGE, why_no_package
+from benchmarks.package import PACKAGE, why_no_package
 from benchmarks.timing import race, record
 from rwkv_runtime.tokenizer import Tokenizer, load_tokenizer, world_vocabulary
 
@@ -85,4 +85,4 @@ def test_load_vocabulary(benchmark: BenchmarkFixture, arena: Arena, which: str) 
     path = world_vocabulary()
     rival = None if which == PACKAGE or why_no_package() else package_codec
     step = package_codec if which == PACKAGE else (lambda: Tokenizer.from_file(path))
-    record(benchmark, arena, "tokenizer load", which, race(benchmark, arena, step, rival, rounds=3, warmup=1))
+    record(benchmark, arena, "tokenizer load", which, race(benchmark, arena, step, rival, rounds=3))

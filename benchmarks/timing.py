@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,11 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.arena import Arena
 from benchmarks.ceilings import cache_bytes, clock, synchronize
-from benchmarks.contestants import PACKAGE
+from benchmarks.package import PACKAGE
 
 Run = Callable[[], object]
+ROUND_SECONDS, CASE_SECONDS = 1.0, 5.0
+"""About as long as a round and a case may take: a slow one gets fewer rounds, three at least."""
 
 
 @dataclass(frozen=True)
@@ -56,37 +58,50 @@ def race(
     *,
     count: int = 1,
     rounds: int = 10,
-    warmup: int = 2,
 ) -> Timing:
-    """Times a step. A round of the rival goes before each round, so that a slow moment of the machine hits both."""
+    """Times a step. A round of the rival goes before each round, so that a slow moment of the machine hits both.
+
+    A round is at most `count` steps: fewer where a step is slow.
+    """
     device, rounds = arena.settings.device, arena.settings.rounds(rounds)
-    own, other = Steps(step, count, device), Steps(rival or step, count, device)
-    own_rounds: list[float] = []
-    rival_rounds: list[float] = []
-
-    def timed() -> None:
-        own_rounds.append(clock(own, device))
-
-    def before() -> None:
-        if rival is not None:
-            rival_rounds.append(clock(other, device))
-
+    rivals = [] if rival is None else [rival]
     gc.collect()
     gc.freeze()  # collections need not walk over what the other contestants hold
     try:
-        benchmark.pedantic(timed, setup=before, rounds=rounds, warmup_rounds=0 if arena.settings.smoke else warmup)
+        if not arena.settings.smoke:
+            count, rounds = _plan([step, *rivals], count, rounds, device)
+        own, others = Steps(step, count, device), [Steps(run, count, device) for run in rivals]
+        own_rounds: list[float] = []
+        rival_rounds: list[float] = []
+        benchmark.pedantic(
+            lambda: own_rounds.append(clock(own, device)),
+            setup=lambda: rival_rounds.extend(clock(other, device) for other in others),
+            rounds=rounds,
+        )
     finally:
         gc.unfreeze()
-    laps = sorted(own.laps[-rounds * (len(own.laps) // len(own_rounds)) :])
-    pairs = zip(own_rounds[-rounds:], rival_rounds[-rounds:], strict=False)
-    ratio = statistics.median(theirs / ours for ours, theirs in pairs) if rival else None
+    laps = sorted(own.laps)
+    pairs = zip(own_rounds, rival_rounds, strict=False)
+    ratio = statistics.median(theirs / ours for ours, theirs in pairs) if rivals else None
     return Timing(laps[len(laps) // 2], laps[min(len(laps) - 1, int(len(laps) * 0.99))], ratio)
+
+
+def _plan(runs: Sequence[Run], count: int, rounds: int, device: torch.device) -> tuple[int, int]:
+    """Steps a round and rounds that take about as long as they may; warms up on the way."""
+    for run in runs:
+        run()
+    single = sum(clock(run, device) for run in runs)
+    count = max(1, min(count, int(ROUND_SECONDS / single)))
+    for run in runs:
+        Steps(run, count, device)()
+    return count, max(3, min(rounds, int(CASE_SECONDS / (count * single))))
 
 
 def record(
     benchmark: BenchmarkFixture, arena: Arena, case: str, contestant: str, timing: Timing, **figures: Any
 ) -> None:
-    """Stores a result with pytest-benchmark and for the summary. What is above a ceiling is marked."""
+    """Stores a result with pytest-benchmark, in the file of results and for the summary. What is above a ceiling is
+    marked."""
     ratio = 1.0 if contestant == PACKAGE else timing.ratio
     figures = {
         "case": case,
@@ -104,5 +119,9 @@ def record(
         read, cache = figures.get("bytes_per_step", 0), cache_bytes()
         if arena.settings.device.type == "cpu" and read and cache:
             figures["flag"] += f" (a step reads {read / 1e9:.2f} GB, the cache holds {cache / 1e9:.2f} GB)"
+    keep(benchmark, arena, figures)
+
+
+def keep(benchmark: BenchmarkFixture, arena: Arena, figures: dict[str, Any]) -> None:
     benchmark.extra_info.update(figures)
-    arena.records.append({"group": benchmark.group, **figures})
+    arena.keep({"group": benchmark.group, **figures})

@@ -1,21 +1,19 @@
-"""The engine: rows of a batch, prefill in chunks, one decode step for all, text as it comes."""
+"""The engine: requests that come and go, prompts read in chunks, one decode step for all, text as it comes."""
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
-from rwkv_runtime.backend import Backend, Tick
-from rwkv_runtime.controls import Controls
-from rwkv_runtime.errors import BackendError, OptionError, PluginError, RwkvError
+from rwkv_runtime.backend import Backend
+from rwkv_runtime.batch import Batch
+from rwkv_runtime.errors import OptionError, PluginError, RwkvError
+from rwkv_runtime.flight import Flight
 from rwkv_runtime.generation import Finish, Generation, Request
 from rwkv_runtime.model import Model
-from rwkv_runtime.observation import observe
 from rwkv_runtime.sampler import Sampler, check_params
 from rwkv_runtime.snapshot import Snapshot
 from rwkv_runtime.state import State
@@ -23,39 +21,33 @@ from rwkv_runtime.tokenizer import Tokenizer
 
 CHUNK = 512
 """Most tokens of a prompt read in one step; other requests wait for no more than this."""
-logger = logging.getLogger("rwkv_runtime")
 
 
-class Engine:
+class Engine(Batch):
     """Runs many requests through one batch of `rows` rows; rows 0..active-1 are always the ones at work.
 
+    With a `lag` of 1 the tokens of a step are read when the next one has been started, so that a GPU never waits for
+    the host; a text that turns out to have ended then drew one token too many, which is dropped. None: 1 on a GPU.
     Raises BackendError where the backend cannot prepare its forward pass or its decode step.
     """
 
-    def __init__(self, model: Model, backend: Backend, sampler: Sampler, tokenizer: Tokenizer, rows: int = 1) -> None:
-        self.model, self.backend, self.sampler, self.tokenizer = model, backend, sampler, tokenizer
-        self.rows = rows
-        V, device = model.config.vocab_size, model.device
-        self.state = model.new_state(rows)
-        self.tokens = torch.zeros((rows, 1), dtype=torch.int64, device=device)
-        self.logits = torch.zeros((rows, V), dtype=torch.float32, device=device)
-        self.drawn = torch.zeros(rows, dtype=torch.int64, device=device)
-        sampling_device = torch.device("cpu") if sampler.runs == "host" else device
-        self.controls = Controls.allocate(sampler, rows, V, sampling_device, tokenizer)
-        self.absent = _absent_mask(tokenizer, V, device)
+    def __init__(
+        self,
+        model: Model,
+        backend: Backend,
+        sampler: Sampler,
+        tokenizer: Tokenizer,
+        rows: int = 1,
+        lag: int | None = None,
+    ) -> None:
+        super().__init__(model, backend, sampler, tokenizer, rows)
+        self.lag = usual_lag(model.device, sampler) if lag is None else lag
         self.waiting: deque[Generation] = deque()
         self.active: list[Generation] = []
         self.prefilling: Generation | None = None
         self._scratch = model.new_state(1)
-        try:
-            self.forward = backend.forward(model)
-            with torch.inference_mode():
-                self._ticks = {size: self._build_tick(size) for size in _sizes(rows)}
-        except RwkvError:
-            raise
-        except Exception as error:  # whatever a backend's compiler raises is that backend's failure
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise BackendError(reason[0]) from error
+        self._flight: Flight | None = None  # what a step drew that has not been read
+        self._before: State | None = None  # the rows as they were before that step
 
     def submit(self, request: Request) -> Generation:
         """Queues a request. Raises as `check` does."""
@@ -169,138 +161,91 @@ class Engine:
             self.active.append(generation)
 
     def _decode(self) -> None:
-        size = min(s for s in self._ticks if s >= len(self.active))
+        """Starts a step and reads what the one before it drew; without lag, what it draws itself."""
         try:
-            if any(generation.request.observe for generation in self.active):
-                self._observed_tick(size)
-            else:
-                self._ticks[size]()
+            observed = any(generation.request.observe for generation in self.active)
+            if observed or all(self._last_is_under_way(generation) for generation in self.active):
+                self._land()  # there is nothing to start meanwhile
+            if self.active:
+                earlier = self._flight
+                self._launch(observed)
+                self._accept(earlier)
+                if observed or not self.lag:
+                    self._land()
         except RwkvError:
             raise
         except Exception as error:  # a stranger's sampler may raise anything
             names = f"sampler {self.sampler.name}, backend {self.backend.name}"
             raise PluginError(f"a step failed ({names}): {type(error).__name__}: {error}") from error
-        drawn = self.drawn[: len(self.active)].tolist()  # the one transfer of a step
-        for row in reversed(range(len(drawn))):
-            self.active[row].position += 1
-            finish = self.active[row].accept(drawn[row])
-            if finish:
-                self._retire(row, finish)
+
+    def _launch(self, observed: bool) -> None:
+        """Starts one step of all active rows."""
+        size = min(s for s in self._ticks if s >= len(self.active))
+        if self.lag and any(generation.request.keep for generation in self.active):
+            self._remember()
+        if observed:
+            seen = self.watched_tick(size)
+            for row, generation in enumerate(self.active):
+                if count := generation.request.observe:
+                    generation.observations.append(seen.row(row, int(self.drawn[row]), count))
+        else:
+            self._ticks[size]()
+        self._flight = Flight(self.drawn, self.active)
+
+    def _land(self) -> None:
+        """Reads what is under way, so that nothing is."""
+        flight, self._flight = self._flight, None
+        self._accept(flight)
+
+    def _accept(self, flight: Flight | None) -> None:
+        """Gives the tokens of a step to the texts that have not ended since it was started."""
+        if flight is None:
+            return
+        for generation, token in zip(flight.generations, flight.tokens(), strict=True):
+            if generation.finish is None:
+                generation.position += 1
+                if finish := generation.accept(token):
+                    self._retire(self.active.index(generation), finish)
+
+    def _under_way(self, generation: Generation) -> bool:
+        return self._flight is not None and generation in self._flight.generations
+
+    def _last_is_under_way(self, generation: Generation) -> bool:
+        return len(generation.tokens) + 1 >= generation.request.max_tokens and self._under_way(generation)
+
+    def _remember(self) -> None:
+        """Keeps the states that the next step will change: a text that ended before it has not read its last token."""
+        if self._before is None:
+            with torch.inference_mode(False):
+                self._before = self.model.new_state(self.rows)
+        for name, t in self.state.view(0, len(self.active)).tensors.items():
+            self._before[name][:, : t.shape[1]].copy_(t)
 
     def _retire(self, row: int, finish: Finish) -> None:
         """Ends the request of a row and moves the last active row into its place."""
         generation = self.active[row]
         if generation.request.keep and finish != "error":
-            generation.snapshot = _snapshot(generation, self.state.view(row, row + 1).clone())
+            state = self._before if self._before is not None and self._under_way(generation) else self.state
+            generation.snapshot = _snapshot(generation, state.view(row, row + 1).clone())
         generation.close(finish)
         last = len(self.active) - 1
         if row != last:
-            self.state.copy(self.state, last, row)
-            self.tokens[row].copy_(self.tokens[last])
-            self.controls.move(last, row)
+            self.move(last, row)
+            if self._before is not None:
+                self._before.copy(self._before, last, row)
             self.active[row] = self.active[last]
         self.controls.notes[last].clear()  # what a sampler keeps there may be large, and idle rows are drawn for too
         self.active.pop()
-
-    def _build_tick(self, size: int) -> Tick:
-        """One decode step of the first `size` rows, frozen as far as the sampler allows."""
-        think, draw = self._think(size), self._draw(size)
-
-        def both() -> None:
-            think()
-            draw()
-
-        state, controls = self.state.view(0, size), self.controls.view(0, size)
-        buffers = [*state.tensors.values(), self.logits[:size]]
-        problem = None
-        if self.sampler.runs == "graph":
-            try:
-                return self.backend.freeze(both, [*buffers, self.tokens[:size], self.drawn[:size], *controls.buffers()])
-            except Exception as error:  # the sampler's fault, if the forward pass alone can be frozen
-                problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        frozen = self.backend.freeze(think, buffers)
-        if problem:
-            logger.warning(
-                f"sampler {self.sampler.name} cannot be part of backend {self.backend.name}'s graph ({problem}); "
-                "it runs beside it"
-            )
-
-        def apart() -> None:
-            frozen()
-            draw()
-
-        return apart
-
-    def _think(self, size: int) -> Tick:
-        """The forward pass of a step: tokens -> logits."""
-        forward, tokens, state, logits = self.forward, self.tokens[:size], self.state.view(0, size), self.logits[:size]
-
-        def think() -> None:
-            logits.copy_(forward(tokens, state))
-
-        return think
-
-    def _draw(self, size: int, watch: Callable[[Tensor], None] | None = None) -> Tick:
-        """The draw of a step: logits -> tokens. `watch` sees the logits that the sampler is given."""
-        sampler, absent, controls = self.sampler, self.absent, self.controls.view(0, size)
-        tokens, logits, drawn = self.tokens[:size], self.logits[:size], self.drawn[:size]
-
-        def draw() -> None:
-            sampler.prepare(controls)
-            z = logits if absent is None else logits + absent
-            z = z.to(controls.seed.device)
-            if watch is not None:
-                watch(z)
-            token = sampler.sample(z, controls)
-            chosen = z.gather(1, token.clamp(0, z.shape[1] - 1).unsqueeze(1)).squeeze(1)
-            valid = z.amax(dim=-1).isfinite() & (token >= 0) & (token < z.shape[1]) & (chosen > -torch.inf)
-            token = torch.where(valid, token, -1)
-            sampler.update(token, z, controls)
-            drawn.copy_(token)
-            tokens.copy_(token.clamp(min=0).unsqueeze(1))  # a failed row goes on harmlessly until it is retired
-            controls.position.add_(1)
-
-        return draw
-
-    def _observed_tick(self, size: int) -> None:
-        """A step in the open, nothing frozen, that notes the candidates of rows whose requests ask for them."""
-        seen = []
-        self._think(size)()
-        self._draw(size, lambda z: seen.append(observe(self.sampler, z, self.controls.view(0, size))))()
-        for row, generation in enumerate(self.active):
-            if count := generation.request.observe:
-                generation.observations.append(seen[0].row(row, int(self.drawn[row]), count))
-
-    def sampling_seconds(self, repeats: int = 20) -> float:
-        """Median time of one draw for one row, measured now, apart from the forward pass; for the user's figures."""
-        controls, logits = self.controls.view(0, 1).clone(), self.logits[:1].to(self.controls.seed.device)
-        times = []
-        for _ in range(repeats):
-            begin = time.perf_counter()
-            self.sampler.sample(logits, controls).tolist()
-            times.append(time.perf_counter() - begin)
-        return sorted(times)[repeats // 2]
+        if not self.active:
+            self._flight = None
 
 
-def _sizes(rows: int) -> list[int]:
-    """Batch sizes the decode step is prepared for, before any text is begun: powers of four, and all rows."""
-    sizes = [1]
-    while sizes[-1] * 4 < rows:
-        sizes.append(sizes[-1] * 4)
-    return [*sizes, rows] if rows > sizes[-1] else sizes
+def usual_lag(device: torch.device, sampler: Sampler) -> int:
+    """1 where the device works on by itself while the host reads: on a GPU, unless the host itself samples."""
+    return int(device.type == "cuda" and sampler.runs != "host")
 
 
 def _snapshot(generation: Generation, state: State) -> Snapshot:
     """Where a text stands: all but the last token has been read."""
     recent = generation.recent()
     return Snapshot(state, recent[-1:], generation.position, recent[:-1])
-
-
-def _absent_mask(tokenizer: Tokenizer, vocab_size: int, device: torch.device) -> Tensor | None:
-    """0 for ids that may be drawn, -inf for those the vocabulary does not have; None where it has all."""
-    absent = tokenizer.absent(vocab_size)
-    if not absent:
-        return None
-    mask = torch.zeros(vocab_size, device=device)
-    mask[absent] = -torch.inf
-    return mask

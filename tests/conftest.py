@@ -44,3 +44,11 @@ def model(checkpoint: Tensors, plugins: Plugins) -> Model:
 def runtime(model: Model, tokenizer: Tokenizer, plugins: Plugins) -> Runtime:
     """The tiny model with the plainest backend."""
     return Runtime(model, tokenizer, plugins, "eager")
+
+
+@pytest.fixture(params=[0, 1], ids=["at once", "one step behind"])
+def lag(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many steps behind engines read what they drew: as on a CPU, then as on a GPU."""
+    monkeypatch.setattr("rwkv_runtime.engine.usual_lag", lambda device, sampler: request.param)
+    steps: int = request.param
+    return steps

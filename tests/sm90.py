@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,7 +45,17 @@ class Hopper:
 def compiled(
     forward: Forward, model: Model, shapes: list[tuple[int, int]], patch: pytest.MonkeyPatch
 ) -> list[Compiled]:
-    """Runs the forward pass on tokens [B, T] of these shapes with kernels that are compiled and never started."""
+    """The kernels of the forward pass on tokens [B, T] of these shapes."""
+
+    def passes() -> None:
+        for B, T in shapes:
+            forward(torch.zeros(B, T, dtype=torch.int64), model.new_state(B))
+
+    return compiled_by(passes, patch)
+
+
+def compiled_by(run_all: Callable[[], object], patch: pytest.MonkeyPatch) -> list[Compiled]:
+    """Runs it with kernels that are compiled and never started."""
     kernels = {}
     run = JITFunction.run
 
@@ -55,8 +66,7 @@ def compiled(
 
     patch.setattr(driver, "_active", Hopper())
     patch.setattr(JITFunction, "run", compile_only)
-    for B, T in shapes:
-        forward(torch.zeros(B, T, dtype=torch.int64), model.new_state(B))
+    run_all()
     return [Compiled(name, kernel.asm["ptx"], *usage(kernel.asm["cubin"])) for name, kernel in kernels.values()]
 
 

@@ -25,7 +25,8 @@ LEVELS = (
     {"controls", "model"},
     {"backend", "checkpoint", "sampler"},
     {"embedded", "observation", "plugins", "snapshot"},
-    {"generation"},
+    {"batch", "generation"},
+    {"flight"},
     {"engine"},
     {"runtime"},
 )

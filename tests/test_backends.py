@@ -170,8 +170,11 @@ class Broken(Backend):
 
 
 def plugins_with(backend: Backend) -> Plugins:
-    plugins = Plugins.load({"RWKV_PLUGINS": ""})
-    plugins.backends.add(backend, "test")
+    """One backend and `eager`, to which it gives way."""
+    plugins = Plugins.empty()
+    plugins.samplers.add(Nucleus(), "test")
+    for added in (backend, Eager()):
+        plugins.backends.add(added, "test")
     return plugins
 
 

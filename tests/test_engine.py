@@ -19,6 +19,8 @@ from rwkv_runtime.snapshot import Snapshot
 from rwkv_runtime.state import State
 from rwkv_runtime.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.usefixtures("lag")
+
 # Prompts of no, one and many tokens; long and short texts; so that rows come and go at different times.
 REQUESTS = [
     Request(tokens_of(length, seed), {}, max_tokens=count, seed=seed)
@@ -123,17 +125,19 @@ def test_logits_that_are_not_finite_fail_their_row_alone(model: Model, tokenizer
     assert good.tokens == finish(engine_for(model, tokenizer, Greedy()), Request([5], max_tokens=12))[0].tokens
 
 
-def test_a_prompt_is_read_in_chunks_while_others_write(model: Model, tokenizer: Tokenizer) -> None:
+def test_a_prompt_is_read_in_chunks_while_others_write(model: Model, tokenizer: Tokenizer, lag: int) -> None:
     backend = Counting()
     engine = Engine(model, backend, Greedy(), tokenizer, rows=2)
     short = engine.submit(Request([5], max_tokens=50))
-    engine.step()
+    for _ in range(1 + lag):
+        engine.step()
     long = engine.submit(Request(tokens_of(3 * CHUNK + 10), max_tokens=2))
     for step in range(1, 4):
         engine.step()
         assert len(short.tokens) == 1 + step
         assert long.tokens == []
-    engine.step()
+    for _ in range(1 + lag):
+        engine.step()
     assert len(long.tokens) == 1
     assert max(count for _, count in backend.reads) == CHUNK
     assert backend.prompt_tokens == 3 * CHUNK + 9

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CPU, built, tiny_config
+from helpers import CPU, built, controls_of, tiny_config
 from rwkv_backends import fused
 from rwkv_backends.fused import FAMILIES, PREFILLS, Fused
 from rwkv_backends.kernels.tuning import Tuning
+from rwkv_samplers.nucleus import Nucleus
 
 from rwkv_runtime.checkpoint import build_model
 from rwkv_runtime.model import Architecture, Model
@@ -74,6 +75,18 @@ def test_every_kernel_compiles_for_hopper_and_spills_nothing(
             assert "v4.b32" in kernel.ptx, kernel.name
 
 
+@needs_triton
+@needs_compiler
+def test_the_kernels_of_nucleus_compile_for_hopper_and_spill_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rwkv_samplers.kernels import nucleus
+    from sm90 import compiled_by
+
+    logits = torch.zeros(3, 65536)
+    controls = controls_of(Nucleus(), 3, 65536)
+    kernels = compiled_by(lambda: nucleus.sample(logits, controls, 2.0**29), monkeypatch)
+    assert {kernel.name: kernel.spilled for kernel in kernels} == {"_best": 0, "_perturb": 0, "_draw": 0}
+
+
 def test_it_says_what_is_missing(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(fused, "find_spec", lambda name: None)
@@ -90,14 +103,13 @@ def test_it_says_what_it_cannot_run(
     """The reasons that lie in the model, with the interpreter in the place of a GPU."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     model = built(architecture.random(tiny_config(architecture)), plugins)
-    if architecture.name not in FAMILIES:
-        assert Fused().why_not(model) == f"it has no kernels for {architecture.name}"
-        return
     assert Fused().why_not(model) is None
     odd = replace(model, config=replace(model.config, head_size=24))
     assert Fused().why_not(odd) == "its heads are of 24; there are kernels for 16, 32, 64, 128"
     assert Fused().why_not(replace(model, dtype=torch.float64)) == "there are no kernels for float64"
     assert "bfloat16" in str(Fused().why_not(replace(model, dtype=torch.bfloat16)))
+    monkeypatch.setattr(fused, "FAMILIES", {})
+    assert Fused().why_not(model) == f"it has no kernels for {architecture.name}"
 
 
 @needs_triton
@@ -107,7 +119,7 @@ def test_it_says_what_the_gpu_lacks(model: Model, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert Fused().why_not(on_gpu) == "it needs a GPU of compute capability 8.0 or later"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert Fused().why_not(replace(on_gpu, dtype=torch.bfloat16)) is None or model.architecture.name not in FAMILIES
+    assert Fused().why_not(replace(on_gpu, dtype=torch.bfloat16)) is None
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "interpreter is on" in str(Fused().why_not(on_gpu))
 

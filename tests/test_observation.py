@@ -54,6 +54,7 @@ def test_a_table_marks_the_drawn_token_and_what_is_not_kept() -> None:
     assert as_record(seen, byte_tokenizer())["candidates"][1]["log_probs"][1] is None
 
 
+@pytest.mark.usefixtures("lag")
 def test_log_probabilities_do_not_change_what_is_written(runtime: Runtime) -> None:
     plain = runtime.generate("abc", max_tokens=12, seed=3)
     watched = runtime.generate("abc", max_tokens=12, seed=3, logprobs=4)
@@ -63,6 +64,7 @@ def test_log_probabilities_do_not_change_what_is_written(runtime: Runtime) -> No
     assert plain.generation.observations == []
 
 
+@pytest.mark.usefixtures("lag")
 def test_the_log_probability_before_sampling_is_the_models(runtime: Runtime) -> None:
     writing = runtime.generate([5, 6, 7], max_tokens=4, seed=3, logprobs=1)
     assert "".join(writing)

@@ -56,6 +56,7 @@ def test_what_was_saved_is_what_is_loaded(snapshot: Snapshot, path: Path, model:
     assert all(torch.equal(t, snapshot.state[name]) for name, t in again.state.tensors.items())
 
 
+@pytest.mark.usefixtures("lag")
 def test_a_text_goes_on_from_a_file_as_if_it_had_never_stopped(runtime: Runtime, model: Model, tmp_path: Path) -> None:
     engine = runtime.engine("nucleus")
 

@@ -58,7 +58,7 @@ class Nucleus(Sampler):
 @cache
 def _kernels() -> ModuleType | None:
     """The same draw for GPUs, where Triton is installed."""
-    return import_module("rwkv_samplers.nucleus_triton") if find_spec("triton") else None
+    return import_module("rwkv_samplers.kernels.nucleus") if find_spec("triton") else None
 
 
 class Packed(NamedTuple):

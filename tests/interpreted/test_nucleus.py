@@ -1,16 +1,15 @@
-"""The nucleus draw for GPUs draws what its plain twin draws: on a GPU, or in Triton's interpreter."""
+"""The nucleus draw for GPUs draws what its plain twin draws."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from rwkv_samplers.kernels import nucleus as kernels
 from rwkv_samplers.nucleus import Nucleus, Packed
 from torch import Tensor
 
 from rwkv_runtime.controls import Controls
 
-kernels = pytest.importorskip("rwkv_samplers.nucleus_triton", reason="Triton is not installed")
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 INF = torch.inf
 
 
@@ -24,15 +23,7 @@ def both(logits: Tensor, **params: list[float]) -> tuple[list[int], list[int]]:
     controls.seed.copy_(torch.randint(-(1 << 62), 1 << 62, (B, 1), generator=generator))
     controls.position.copy_(torch.randint(1 << 40, (B, 1), generator=generator))
     plain = Controls.draw(controls, Nucleus().filter(logits, controls))
-    moved = Controls(
-        {name: t.to(DEVICE) for name, t in controls.values.items()},
-        controls.seed.to(DEVICE),
-        controls.position.to(DEVICE),
-        {},
-        controls.ids.to(DEVICE),
-        controls.notes,
-    )
-    return plain.tolist(), kernels.sample(logits.to(DEVICE), moved, Packed.of(V).unit).tolist()
+    return plain.tolist(), kernels.sample(logits, controls, Packed.of(V).unit).tolist()
 
 
 @pytest.mark.parametrize("V", [1, 7, 257, 4096, 9000])

@@ -1,9 +1,9 @@
-"""Nucleus sampling on a GPU without sorting: three kernels, whose naive twin is `Nucleus.filter` and a draw.
+"""Nucleus sampling on a GPU without sorting: three kernels. Their naive twin is `Nucleus.filter` and a draw.
 
-The Gumbel-max trick gives every token a noisy score; what is drawn is the highest noisy score among the tokens that are
-kept. So the candidates are tried in that order: one sweep over the row tells whether a candidate is kept, and finds the
-next one among the tokens likelier than it. A candidate that is not kept rules out all that are no likelier, which leaves
-a share of the mass that is uniform in (0, 1): two or three sweeps are usual, some ten for a hostile row.
+The Gumbel-max trick gives every token a noisy score; what is drawn is the highest noisy score among the tokens that
+are kept. So the candidates are tried in that order: one sweep over the row tells whether a candidate is kept, and finds
+the next one among the tokens likelier than it. A candidate that is not kept rules out all that are no likelier, which
+leaves a share of the mass that is uniform in (0, 1): two or three sweeps are usual, some ten for a hostile row.
 """
 
 from __future__ import annotations
@@ -117,9 +117,8 @@ def _draw(
 
 @triton.jit
 def _sweep(logits, noisy, floor, top, unit, V, ALL: tl.constexpr, BLOCK: tl.constexpr):
-    """Of the tokens with z > floor: mass, number, and the noisiest one (-1: there is none); mass and number at z == floor.
-
-    With ALL every token counts as above the floor.
+    """Of the tokens with z > floor: mass, number, and the noisiest one (-1: there is none); and of those with z == floor
+    mass and number. With ALL every token counts as above the floor.
     """
     above = tl.zeros((BLOCK,), tl.int64)
     tied = tl.zeros((BLOCK,), tl.int64)

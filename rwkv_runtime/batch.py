@@ -1,0 +1,149 @@
+"""The rows of a batch: buffers that never move, and the decode step over them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rwkv_runtime.backend import Backend, Tick
+from rwkv_runtime.controls import Controls
+from rwkv_runtime.errors import BackendError, RwkvError
+from rwkv_runtime.model import Model
+from rwkv_runtime.observation import BatchObservation, observe
+from rwkv_runtime.sampler import Sampler
+from rwkv_runtime.tokenizer import Tokenizer
+
+logger = logging.getLogger("rwkv_runtime")
+
+
+class Batch:
+    """`rows` rows and the decode step of their first few, prepared for some sizes.
+
+    Raises BackendError where the backend cannot prepare its forward pass or its decode step.
+    """
+
+    def __init__(self, model: Model, backend: Backend, sampler: Sampler, tokenizer: Tokenizer, rows: int) -> None:
+        self.model, self.backend, self.sampler, self.tokenizer = model, backend, sampler, tokenizer
+        self.rows = rows
+        V, device = model.config.vocab_size, model.device
+        self.state = model.new_state(rows)
+        self.tokens = torch.zeros((rows, 1), dtype=torch.int64, device=device)
+        self.logits = torch.zeros((rows, V), dtype=torch.float32, device=device)
+        self.drawn = torch.zeros(rows, dtype=torch.int64, device=device)
+        sampling_device = torch.device("cpu") if sampler.runs == "host" else device
+        self.controls = Controls.allocate(sampler, rows, V, sampling_device, tokenizer)
+        self.absent = _absent_mask(tokenizer, V, device)
+        try:
+            self.forward = backend.forward(model)
+            with torch.inference_mode():
+                self._ticks = {size: self._build_tick(size) for size in _sizes(rows)}
+        except RwkvError:
+            raise
+        except Exception as error:  # whatever a backend's compiler raises is that backend's failure
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise BackendError(reason[0]) from error
+
+    def move(self, source: int, row: int) -> None:
+        """Puts what one row holds into another."""
+        self.state.copy(self.state, source, row)
+        self.tokens[row].copy_(self.tokens[source])
+        self.controls.move(source, row)
+
+    def watched_tick(self, size: int) -> BatchObservation:
+        """A step in the open, nothing frozen, and the candidates that its sampler saw."""
+        seen: list[BatchObservation] = []
+        self._think(size)()
+        self._draw(size, lambda z: seen.append(observe(self.sampler, z, self.controls.view(0, size))))()
+        return seen[0]
+
+    def sampling_seconds(self, repeats: int = 20) -> float:
+        """Median time of one draw for one row, measured now, apart from the forward pass; for the user's figures."""
+        controls, logits = self.controls.view(0, 1).clone(), self.logits[:1].to(self.controls.seed.device)
+        times = []
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            self.sampler.sample(logits, controls).tolist()
+            times.append(time.perf_counter() - begin)
+        return sorted(times)[repeats // 2]
+
+    def _build_tick(self, size: int) -> Tick:
+        """One decode step of the first `size` rows, frozen as far as the sampler allows."""
+        think, draw = self._think(size), self._draw(size)
+
+        def both() -> None:
+            think()
+            draw()
+
+        state, controls = self.state.view(0, size), self.controls.view(0, size)
+        buffers = [*state.tensors.values(), self.logits[:size]]
+        problem = None
+        if self.sampler.runs == "graph":
+            try:
+                return self.backend.freeze(both, [*buffers, self.tokens[:size], self.drawn[:size], *controls.buffers()])
+            except Exception as error:  # the sampler's fault, if the forward pass alone can be frozen
+                problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        frozen = self.backend.freeze(think, buffers)
+        if problem:
+            logger.warning(
+                f"sampler {self.sampler.name} cannot be part of backend {self.backend.name}'s graph ({problem}); "
+                "it runs beside it"
+            )
+
+        def apart() -> None:
+            frozen()
+            draw()
+
+        return apart
+
+    def _think(self, size: int) -> Tick:
+        """The forward pass of a step: tokens -> logits."""
+        forward, tokens, state, logits = self.forward, self.tokens[:size], self.state.view(0, size), self.logits[:size]
+
+        def think() -> None:
+            logits.copy_(forward(tokens, state))
+
+        return think
+
+    def _draw(self, size: int, watch: Callable[[Tensor], None] | None = None) -> Tick:
+        """The draw of a step: logits -> tokens. `watch` sees the logits that the sampler is given."""
+        sampler, absent, controls = self.sampler, self.absent, self.controls.view(0, size)
+        tokens, logits, drawn = self.tokens[:size], self.logits[:size], self.drawn[:size]
+
+        def draw() -> None:
+            sampler.prepare(controls)
+            z = logits if absent is None else logits + absent
+            z = z.to(controls.seed.device)
+            if watch is not None:
+                watch(z)
+            token = sampler.sample(z, controls)
+            chosen = z.gather(1, token.clamp(0, z.shape[1] - 1).unsqueeze(1)).squeeze(1)
+            valid = z.amax(dim=-1).isfinite() & (token >= 0) & (token < z.shape[1]) & (chosen > -torch.inf)
+            token = torch.where(valid, token, -1)
+            sampler.update(token, z, controls)
+            drawn.copy_(token)
+            tokens.copy_(token.clamp(min=0).unsqueeze(1))  # a failed row goes on harmlessly until it is retired
+            controls.position.add_(1)
+
+        return draw
+
+
+def _sizes(rows: int) -> list[int]:
+    """Batch sizes the decode step is prepared for, before any text is begun: powers of four, and all rows."""
+    sizes = [1]
+    while sizes[-1] * 4 < rows:
+        sizes.append(sizes[-1] * 4)
+    return [*sizes, rows] if rows > sizes[-1] else sizes
+
+
+def _absent_mask(tokenizer: Tokenizer, vocab_size: int, device: torch.device) -> Tensor | None:
+    """0 for ids that may be drawn, -inf for those the vocabulary does not have; None where it has all."""
+    absent = tokenizer.absent(vocab_size)
+    if not absent:
+        return None
+    mask = torch.zeros(vocab_size, device=device)
+    mask[absent] = -torch.inf
+    return mask
