@@ -84,10 +84,10 @@ def usage(cubin: bytes) -> tuple[int, int]:
 
 
 def as_on_a_gpu(weights: tuple, dtype: torch.dtype) -> tuple:
-    """Weights whose adapters are of the model's dtype; on a CPU they are float32."""
+    """Weights whose adapters are of the model's dtype; RWKV-6's are float32 on a CPU."""
     adapters = ("maa_x", "maa_w1", "maa_w2", "decay_w1", "decay_w2")
     blocks = []
     for block in weights.blocks:
-        cast: dict[str, Tensor] = {name: getattr(block.att, name).to(dtype) for name in adapters}
+        cast: dict[str, Tensor] = {n: getattr(block.att, n).to(dtype) for n in adapters if hasattr(block.att, n)}
         blocks.append(block._replace(att=block.att._replace(**cast)))
     return weights._replace(blocks=tuple(blocks))

@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import CPU, built, controls_of, only, tiny_config
+from helpers import CPU, built, controls_of, tiny_config
 from rwkv_backends import fused
 from rwkv_backends.fused import FAMILIES, PREFILLS, Fused
 from rwkv_backends.kernels.tuning import Tuning
@@ -37,7 +38,6 @@ def test_the_kernels_are_right_through_triton_s_interpreter() -> None:
 
 @needs_triton
 @needs_compiler
-@only("rwkv6")
 @pytest.mark.parametrize(
     ("embd", "head_size", "vocab", "dtype", "quant"),
     [
@@ -58,17 +58,18 @@ def test_every_kernel_compiles_for_hopper_and_spills_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Weights are read sixteen bytes at a time."""
-    from rwkv_backends.kernels import rwkv6
     from sm90 import as_on_a_gpu, compiled
 
-    config = architecture.sizes(1, embd, vocab, head_size)
+    family = import_module(FAMILIES[architecture.name])
+    config = architecture.sizes(2 if architecture.name == "rwkv7" else 1, embd, vocab, head_size)
     model = build_model(architecture.random(config, dtype=dtype), plugins.architectures, CPU, quant=quant)
     model = replace(model, weights=as_on_a_gpu(model.weights, dtype))
     shapes = [(1, 1), (2, 1), (32, 1), *((1, length) for length in PREFILLS)]
-    kernels = compiled(rwkv6.forward(model, Tuning()), model, shapes, monkeypatch)
-    assert {kernel.name for kernel in kernels} >= {"kvrg_kernel", "value_kernel", "wkv_kernel", "through_kernel"}
+    kernels = compiled(family.forward(model, Tuning()), model, shapes, monkeypatch)
+    assert {kernel.name for kernel in kernels} >= {"head_kernel", "value_kernel", "within_kernel", "through_kernel"}
     assert [(kernel.name, kernel.spilled) for kernel in kernels if kernel.spilled] == []
-    readers = {"shift_lora_kernel", "kvrg_kernel", "add_kernel", "key_receptance_kernel", "value_kernel", "head_kernel"}
+    others = {"add_kernel", "key_receptance_kernel", "value_kernel", "head_kernel"}
+    readers = {"shift_lora_kernel", "kvrg_kernel", "rkv_kernel", *others}
     for kernel in kernels:
         if kernel.name in readers:
             assert "v4.b32" in kernel.ptx, kernel.name
@@ -102,14 +103,13 @@ def test_it_says_what_it_cannot_run(
     """The reasons that lie in the model, with the interpreter in the place of a GPU."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     model = built(architecture.random(tiny_config(architecture)), plugins)
-    if architecture.name not in FAMILIES:
-        assert Fused().why_not(model) == f"it has no kernels for {architecture.name}"
-        return
     assert Fused().why_not(model) is None
     odd = replace(model, config=replace(model.config, head_size=24))
     assert Fused().why_not(odd) == "its heads are of 24; there are kernels for 16, 32, 64, 128"
     assert Fused().why_not(replace(model, dtype=torch.float64)) == "there are no kernels for float64"
     assert "bfloat16" in str(Fused().why_not(replace(model, dtype=torch.bfloat16)))
+    monkeypatch.setattr(fused, "FAMILIES", {})
+    assert Fused().why_not(model) == f"it has no kernels for {architecture.name}"
 
 
 @needs_triton
@@ -119,7 +119,7 @@ def test_it_says_what_the_gpu_lacks(model: Model, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert Fused().why_not(on_gpu) == "it needs a GPU of compute capability 8.0 or later"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert Fused().why_not(replace(on_gpu, dtype=torch.bfloat16)) is None or model.architecture.name not in FAMILIES
+    assert Fused().why_not(replace(on_gpu, dtype=torch.bfloat16)) is None
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "interpreter is on" in str(Fused().why_not(on_gpu))
 

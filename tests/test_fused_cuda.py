@@ -89,12 +89,13 @@ def test_it_keeps_the_contract_of_a_backend(plugins: Plugins) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 9])
+@pytest.mark.parametrize("name", sorted(FAMILIES))
 @pytest.mark.usefixtures("poisoned")
 def test_captured_steps_say_what_plain_pytorch_says(
-    plugins: Plugins, tokenizer: Tokenizer, dtype: torch.dtype, rows: int
+    plugins: Plugins, tokenizer: Tokenizer, name: str, dtype: torch.dtype, rows: int
 ) -> None:
     """With the sampler inside; the same at every run; seven layers, so that float16 halves the residual stream."""
-    model, in_full = pair(plugins, dtype, layers=7)
+    model, in_full = pair(plugins, dtype, name, layers=7)
     plain, exact = (forced(Engine(m, Eager(), Nucleus(), tokenizer, rows), TOKENS, rows) for m in (model, in_full))
     engine = Engine(model, Fused(), Nucleus(), tokenizer, rows)
     first, second = (forced(engine, TOKENS, rows) for _ in range(2))
@@ -105,9 +106,10 @@ def test_captured_steps_say_what_plain_pytorch_says(
 
 @pytest.mark.parametrize("T", [2, 16, 17, 100, 1000])
 @pytest.mark.parametrize("B", [1, 3])
+@pytest.mark.parametrize("name", sorted(FAMILIES))
 @pytest.mark.usefixtures("poisoned")
-def test_prompts_say_what_plain_pytorch_says(plugins: Plugins, dtype: torch.dtype, B: int, T: int) -> None:
-    model, in_full = pair(plugins, dtype)
+def test_prompts_say_what_plain_pytorch_says(plugins: Plugins, name: str, dtype: torch.dtype, B: int, T: int) -> None:
+    model, in_full = pair(plugins, dtype, name)
     tokens = torch.tensor([tokens_of(T, seed) for seed in range(B)], device="cuda")
     states = [m.new_state(B) for m in (model, model, in_full)]
     passes = [Fused().forward(model), Eager().forward(model), Eager().forward(in_full)]
@@ -116,8 +118,9 @@ def test_prompts_say_what_plain_pytorch_says(plugins: Plugins, dtype: torch.dtyp
         assert no_further(*(state[name] for state in states)), name
 
 
-def test_it_is_near_the_reference(plugins: Plugins) -> None:
-    architecture = plugins.architectures.get("rwkv6")
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_it_is_near_the_reference(plugins: Plugins, name: str) -> None:
+    architecture = plugins.architectures.get(name)
     tensors = architecture.random(architecture.sizes(3, 192, VOCAB_SIZE, 64))
     model = build_model(tensors, [architecture], torch.device("cuda"), torch.float32)
     tokens = torch.tensor([TOKENS], device="cuda")
@@ -148,15 +151,16 @@ def test_many_requests_come_and_go(plugins: Plugins, tokenizer: Tokenizer) -> No
     assert [generation.tokens for generation in together] == alone
 
 
-def test_another_length_of_prompt_compiles_nothing(plugins: Plugins) -> None:
-    from rwkv_backends.kernels import chunk6, mixing, vector, wkv6
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_another_length_of_prompt_compiles_nothing(plugins: Plugins, name: str) -> None:
+    from rwkv_backends.kernels import chunk6, chunk7, mixing, vector, wkv6, wkv7
     from triton.runtime.jit import JITFunction
 
     def count() -> int:
-        kernels = [k for module in (chunk6, mixing, vector, wkv6) for k in vars(module).values()]
+        kernels = [k for module in (chunk6, chunk7, mixing, vector, wkv6, wkv7) for k in vars(module).values()]
         return sum(len(k.device_caches[0][0]) for k in kernels if isinstance(k, JITFunction))
 
-    model = on_gpu(plugins, torch.bfloat16)
+    model = on_gpu(plugins, torch.bfloat16, name)
     forward = Fused().forward(model)
     before = count()
     for T in (2, 3, 15, 16, 31, 64, 100, 511, 512):

@@ -14,8 +14,8 @@ from rwkv_backends.graphs import Graphs
 from rwkv_backends.kernels.tuning import Tuning
 from rwkv_runtime import Backend, Forward, Model, Tick, hookimpl
 
-FAMILIES = {"rwkv6": "rwkv_backends.kernels.rwkv6"}
-"""The module that has `forward(model, tuning)` for the architecture of a name."""
+FAMILIES = {name: f"rwkv_backends.kernels.{name}" for name in ("rwkv6", "rwkv7")}
+"""The modules that have `forward(model, tuning)` for the architecture of that name."""
 HEAD_SIZES = (16, 32, 64, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PREFILLS = (2, 17)

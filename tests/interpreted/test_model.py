@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
 from helpers import CPU, Tensors, apart, built, logits_of, off, tokens_of
 from rwkv_backends.fused import FAMILIES, Fused
-from rwkv_backends.kernels import rwkv6
 from rwkv_backends.kernels.tuning import Tuning
 from torch import Tensor
 
@@ -24,7 +24,8 @@ MANY = replace(FEW, vector_rows=0)
 
 def read(model: Model, tuning: Tuning, tokens: Tensor, pieces: list[int]) -> Tensor:
     """Logits after every token of [B, T], read in pieces of these lengths."""
-    forward, state = rwkv6.forward(model, tuning), model.new_state(len(tokens))
+    family = import_module(FAMILIES[model.architecture.name])
+    forward, state = family.forward(model, tuning), model.new_state(len(tokens))
     return torch.cat([forward(part, state, every=True) for part in tokens.split(pieces, dim=1)], 1)
 
 
@@ -34,22 +35,23 @@ def random(architecture: Architecture, layers: int, embd: int, head_size: int, v
 
 
 def test_it_keeps_the_contract_of_a_backend(plugins: Plugins) -> None:
-    check_backend(Fused(FEW), [plugins.architectures.get(name) for name in FAMILIES], n_layer=1, n_embd=32)
+    check_backend(Fused(FEW), [plugins.architectures.get(name) for name in FAMILIES], n_layer=1, n_embd=16)
 
 
-@pytest.mark.parametrize(("embd", "head_size", "vocab", "rank"), [(48, 16, 37, 5), (96, 32, 260, 20), (64, 64, 5, 1)])
-def test_logits_are_those_of_the_reference(plugins: Plugins, embd: int, head_size: int, vocab: int, rank: int) -> None:
+@pytest.mark.parametrize(("embd", "head_size", "vocab", "rank"), [(48, 16, 37, 5), (64, 64, 5, 20)])
+def test_logits_are_those_of_the_reference(
+    architecture: Architecture, plugins: Plugins, embd: int, head_size: int, vocab: int, rank: int
+) -> None:
     """For sizes that are no powers of two, too."""
-    architecture = plugins.architectures.get("rwkv6")
     tensors = random(architecture, 2, embd, head_size, vocab, rank)
     model = built(tensors, plugins)
-    tokens = torch.tensor([[t % vocab for t in tokens_of(25)]])
+    tokens = torch.tensor([[t % vocab for t in tokens_of(22)]])
     expected = architecture.reference(tensors, tokens[0].tolist())
     for tuning in (FEW, MANY):
-        assert apart(read(model, tuning, tokens, [1, 1, 20, 1, 2])[0], expected) < 1e-4
+        assert apart(read(model, tuning, tokens, [1, 1, 18, 2])[0], expected) < 1e-4
 
 
-@pytest.mark.parametrize(("dtype", "layers"), [(torch.bfloat16, 2), (torch.float16, 7)], ids=str)
+@pytest.mark.parametrize(("dtype", "layers"), [(torch.bfloat16, 1), (torch.float16, 7)], ids=str)
 def test_halves_are_as_near_to_the_reference_as_plain_pytorch_is(
     plugins: Plugins, dtype: torch.dtype, layers: int
 ) -> None:
@@ -57,15 +59,15 @@ def test_halves_are_as_near_to_the_reference_as_plain_pytorch_is(
     architecture = plugins.architectures.get("rwkv6")
     tensors = {name: t.to(dtype) for name, t in random(architecture, layers, 32, 16, 33, 8).items()}
     model = built(tensors, plugins)
-    tokens = [t % 33 for t in tokens_of(7)]
+    tokens = [t % 33 for t in tokens_of(4)]
     expected = architecture.reference(tensors, tokens)
     plain = off(logits_of(model, tokens), expected)
     for tuning in (FEW, MANY):
-        assert off(read(model, tuning, torch.tensor([tokens]), [1, 5, 1])[0], expected) < 1.5 * plain
+        assert off(read(model, tuning, torch.tensor([tokens]), [1, 2, 1])[0], expected) < 1.5 * plain
 
 
-def test_int8_weights_give_what_plain_pytorch_makes_of_them(plugins: Plugins) -> None:
-    tensors = random(plugins.architectures.get("rwkv6"), 2, 48, 16, 37, 5)
+def test_int8_weights_give_what_plain_pytorch_makes_of_them(architecture: Architecture, plugins: Plugins) -> None:
+    tensors = random(architecture, 2, 48, 16, 37, 5)
     model = build_model(tensors, plugins.architectures, CPU, quant="int8")
     tokens = [t % 37 for t in tokens_of(9)]
     expected = logits_of(model, tokens)
@@ -73,8 +75,8 @@ def test_int8_weights_give_what_plain_pytorch_makes_of_them(plugins: Plugins) ->
         assert apart(read(model, tuning, torch.tensor([tokens]), [1, 7, 1])[0], expected) < 1e-4
 
 
-def test_the_same_twice(plugins: Plugins) -> None:
-    model = built(random(plugins.architectures.get("rwkv6"), 1, 32, 16, 33, 8), plugins)
+def test_the_same_twice(architecture: Architecture, plugins: Plugins) -> None:
+    model = built(random(architecture, 1, 32, 16, 33, 8), plugins)
     tokens = torch.tensor([[t % 33 for t in tokens_of(21)]] * 2)
     first, second = (read(model, FEW, tokens, [18, 1, 2]) for _ in range(2))
     assert torch.equal(first, second)

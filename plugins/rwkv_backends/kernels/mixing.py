@@ -53,7 +53,21 @@ def shift_two_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_k_ptr, maa_r_ptr
     mask = cols < C
     x, dx = normed_pair(x_ptr, prev_ptr, weight_ptr, bias_ptr, m, T, cols, mask, C)
     store(k_ptr + m * C + cols, x + dx * load_vector(maa_k_ptr, cols, mask), mask)
-    store(r_ptr + m * C + cols, x + dx * load_vector(maa_r_ptr, cols, mask), mask)
+    if r_ptr is not None:
+        store(r_ptr + m * C + cols, x + dx * load_vector(maa_r_ptr, cols, mask), mask)
+    store(last_ptr + m // T * C + cols, x, cols < tl.where(m % T == T - 1, C, 0))
+
+
+@triton.jit(do_not_specialize=["M", "T"])
+def shift_six_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, mu_ptr, out_ptr, last_ptr, M, T,
+                     C: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    m = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    mask = cols < C
+    x, dx = normed_pair(x_ptr, prev_ptr, weight_ptr, bias_ptr, m, T, cols, mask, C)
+    for i in tl.static_range(6):
+        mu = load_vector(mu_ptr + i * C, cols, mask)
+        store(out_ptr + (i * M + m) * C + cols, x + dx * mu, mask)
     store(last_ptr + m // T * C + cols, x, cols < tl.where(m % T == T - 1, C, 0))
 
 
@@ -90,9 +104,10 @@ def gate_kernel(r_ptr, v_ptr, last_ptr, x_ptr, prev_ptr, T, scale, C: tl.constex
     m = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < C
-    x = load_vector(x_ptr + m * C, cols, mask)
-    x += tl.sigmoid(load_vector(r_ptr + m * C, cols, mask)) * load_vector(v_ptr + m * C, cols, mask)
-    store(x_ptr + m * C + cols, x * scale, mask)
+    v = load_vector(v_ptr + m * C, cols, mask)
+    if r_ptr is not None:
+        v *= tl.sigmoid(load_vector(r_ptr + m * C, cols, mask))
+    store(x_ptr + m * C + cols, (load_vector(x_ptr + m * C, cols, mask) + v) * scale, mask)
     mask = cols < tl.where(m % T == T - 1, C, 0)
     store(prev_ptr + m // T * C + cols, load_vector(last_ptr + m // T * C, cols, mask), mask)
 
@@ -132,6 +147,22 @@ def shift_two(
     return k, r, last
 
 
+def shift_one(x: Tensor, prev: Tensor, norm: tuple[Tensor, Tensor], maa: Tensor, T: int) -> tuple[Tensor, Tensor]:
+    """As `shift_two` for one."""
+    M, C = x.shape
+    k, last = torch.empty_like(x), torch.empty_like(prev)
+    shift_two_kernel[M,](x, prev, *norm, maa, None, k, None, last, T, **across(C))
+    return k, last
+
+
+def shift_six(x: Tensor, prev: Tensor, norm: tuple[Tensor, Tensor], mu: Tensor, T: int) -> tuple[Tensor, Tensor]:
+    """LN(x) + dx mu for each of mu [6, C] -> [6, M, C], and LN(x) of each sequence's last token [B, C]."""
+    M, C = x.shape
+    out, last = x.new_empty(6, M, C), torch.empty_like(prev)
+    shift_six_kernel[M,](x, prev, *norm, mu, out, last, M, T, **across(C))
+    return out, last
+
+
 def lerps(lora: Tensor, normed: Tensor, dx: Tensor, w: Tensor, prev: Tensor, T: int, tuning: Tuning) -> Tensor:
     """normed + dx (tanh(lora) W + maa): lora [M, 5R], w [5, R + 1, C], its last row maa -> [5, M, C].
 
@@ -152,7 +183,7 @@ def relu_squared(k: Tensor) -> Tensor:
     return k
 
 
-def gate(r: Tensor, v: Tensor, last: Tensor, x: Tensor, prev: Tensor, T: int, scale: float) -> None:
-    """x = (x + sigmoid(r) v) scale, all [M, C], and prev = last [B, C]."""
+def gate(r: Tensor | None, v: Tensor, last: Tensor, x: Tensor, prev: Tensor, T: int, scale: float) -> None:
+    """x = (x + sigmoid(r) v) scale, all [M, C] (without r: x + v), and prev = last [B, C]."""
     M, C = x.shape
     gate_kernel[M,](r, v, last, x, prev, T, scale, **across(C))

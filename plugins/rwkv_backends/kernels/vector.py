@@ -122,7 +122,7 @@ def key_receptance_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_k_ptr, maa_
         x += (load_vector(prev_ptr + b * C, cols, mask) - x) * load_vector(maa_k_ptr, cols, mask)
         k_at = k_ptr + b * F
         products(x, w, key_ptr, key_scale_ptr, 0, k_at, first, end, cols, mask, C, ROWS, STEPS, "relu squared")
-    else:
+    elif receptance_ptr is not None:
         first = (tl.program_id(0) - KEYS) * ROWS * STEPS
         end = tl.minimum(first + ROWS * STEPS, C)
         w = tile(receptance_ptr, first + rows, end, cols, mask, C)
@@ -152,7 +152,8 @@ def value_kernel(k_ptr, r_ptr, w_ptr, scale_ptr, normed_ptr, x_ptr, prev_ptr, sc
     y = tl.sum(total, 0)
     if scale_ptr is not None:
         y *= tl.load(scale_ptr + cols, mask=mask, other=0.0)
-    y *= tl.load(r_ptr + at, mask=mask, other=0.0)
+    if r_ptr is not None:
+        y *= tl.load(r_ptr + at, mask=mask, other=0.0)
     store(x_ptr + at, (tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32) + y) * scale, mask)
     store(prev_ptr + at, tl.load(normed_ptr + at, mask=mask, other=0.0), mask)
 
@@ -239,10 +240,23 @@ def key_receptance(
     return normed, k, r
 
 
+def key_alone(
+    x: Tensor, prev: Tensor, norm: tuple[Tensor, Tensor], maa: Tensor, key: Matrix, tuning: Tuning
+) -> tuple[Tensor, Tensor]:
+    """As `key_receptance` without the receptance, which RWKV-7 does not have."""
+    (B, C), F = x.shape, key.weight.shape[0]
+    normed, k = torch.empty_like(x), x.new_empty(B, F)
+    rows = Rows.of(C, F, tuning)
+    keys = rows.programs(F)
+    none = (None, None)
+    key_receptance_kernel[keys, B](x, prev, *norm, maa, None, *key, *none, normed, k, None, F, keys, **rows.options)
+    return normed, k
+
+
 def add_value(
-    k: Tensor, r: Tensor, w: Matrix, normed: Tensor, x: Tensor, prev: Tensor, scale: float, tuning: Tuning
+    k: Tensor, r: Tensor | None, w: Matrix, normed: Tensor, x: Tensor, prev: Tensor, scale: float, tuning: Tuning
 ) -> None:
-    """x = (x + r W^T k) scale and prev = normed, for k [B, F], w [F, C] and r, normed, x, prev [B, C].
+    """x = (x + r W^T k) scale and prev = normed, for k [B, F], w [F, C] and r (None: 1), normed, x, prev [B, C].
 
     The scales of w, if it has any, are of its columns.
     """
