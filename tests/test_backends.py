@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +29,7 @@ from rwkv_runtime.model import Architecture, Model
 from rwkv_runtime.plugins import Plugins
 from rwkv_runtime.runtime import Runtime, usable
 from rwkv_runtime.sampler import check_params
+from rwkv_runtime.testing import tiny_model
 from rwkv_runtime.tokenizer import Tokenizer
 
 TOKENS = tokens_of(60)
@@ -120,6 +126,44 @@ def test_nothing_is_compiled_again_for_other_texts(compiled: Engine) -> None:
         ]
     assert [len(g.tokens) for g in generations] == [5, 5, 5]
     assert counters["stats"]["unique_graphs"] == graphs
+
+
+START = """
+import json
+from torch._dynamo.utils import counters
+from rwkv_runtime import Plugins
+from rwkv_runtime.testing import tiny_model
+
+runtime = tiny_model(backend="compile", n_layer=1, n_embd=32, plugins=Plugins.load({"RWKV_PLUGINS": ""}))
+text = "".join(runtime.generate("Hi", sampler="greedy", max_tokens=5))
+print(json.dumps([runtime.backend.name, text, dict(counters["inductor"])]))
+"""
+
+
+@needs_compiler
+def test_the_second_start_compiles_nothing_anew(tmp_path: Path) -> None:
+    """What the first process compiled, the second one takes from the disk, though its ticks have other names."""
+    environ = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    starts = [
+        json.loads(subprocess.run([sys.executable, "-c", START], env=environ, capture_output=True, check=True).stdout)
+        for _ in range(2)
+    ]
+    (cold, text, first), (warm, again, second) = starts
+    assert (cold, warm, text) == ("compile", "compile", again)
+    assert (first["fxgraph_cache_miss"], first.get("fxgraph_cache_hit", 0)) == (1, 0)
+    assert (second["fxgraph_cache_hit"], second.get("fxgraph_cache_miss", 0)) == (1, 0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_on_a_gpu_the_compiled_step_is_a_graph(architecture: Architecture, tokenizer: Tokenizer) -> None:
+    runtime = tiny_model(architecture.name, backend="compile", n_layer=1, device="cuda")
+    engine = runtime.engine("nucleus")
+    assert runtime.backend.name == "compile"
+    assert isinstance(getattr(engine._ticks[1], "__self__", None), torch.cuda.CUDAGraph)
+    plain = Engine(runtime.model, Eager(), Nucleus(), runtime.tokenizer)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert apart(forced(engine, TOKENS), forced(plain, TOKENS)) < 1e-3
+        assert len(finish(engine, Request([5], max_tokens=9, seed=2))[0].tokens) == 9
 
 
 def test_a_missing_compiler_is_noticed_before_it_hurts(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,8 @@
 """torch.compile: the whole decode step, sampling included, as one compiled graph.
 
 Prompts run as plain PyTorch: large matrix products gain nothing from being compiled, and every length
-of chunk would be compiled anew.
+of chunk would be compiled anew. On a GPU the compiled step is captured here: a state that is updated in place makes
+inductor skip its own CUDA graphs. What inductor compiled, it keeps on disk for the next start.
 """
 
 from __future__ import annotations
@@ -13,17 +14,25 @@ import types
 from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from rwkv_backends.graphs import Graphs
 from rwkv_runtime import Backend, Forward, Model, Tick, hookimpl
+
+GPU_OPTIONS: dict[str, Any] = {"coordinate_descent_tuning": True}
+"""Products of one row become reductions, which are fused with what is around them; each is then tuned by trying."""
 
 
 class Compile(Backend):
     name = "compile"
     summary = "the whole decode step through torch.compile; slow to start the first time"
     priority = 10
+
+    def __init__(self) -> None:
+        self._graphs = Graphs()
 
     def why_not(self, model: Model | None) -> str | None:
         if not torch._dynamo.is_dynamo_supported():  # type: ignore[attr-defined]
@@ -40,12 +49,15 @@ class Compile(Backend):
         return partial(model.architecture.forward, model.architecture.ops, model.weights)
 
     def freeze(self, tick: Tick, buffers: Sequence[Tensor]) -> Tick:
+        gpu = buffers[0].is_cuda
         saved = [buffer.clone() for buffer in buffers]
-        compiled: Tick = torch.compile(_own_code(tick), fullgraph=True, dynamic=False)
+        compiled: Tick = torch.compile(
+            _own_code(tick), fullgraph=True, dynamic=False, options=GPU_OPTIONS if gpu else None
+        )
         compiled()  # compiles now, so that a failure shows here
         for buffer, value in zip(buffers, saved, strict=True):
             buffer.copy_(value)
-        return compiled
+        return self._graphs.capture(compiled, buffers) if gpu else compiled
 
 
 def _own_code(tick: Tick) -> Tick:
