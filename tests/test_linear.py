@@ -6,11 +6,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import apart
+from rwkv_layers import linear as module
 from rwkv_layers.linear import Matrix, linear, linears, times
 from torch import Tensor
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 SHAPES = [(1,), (1, 1), (2,), (3, 1), (64,), (65,), (1, 130), (2, 33)]
+
+
+@pytest.fixture(autouse=True, params=[module.with_amx, module.without_amx], ids=lambda fewest: fewest.__name__)
+def fewest(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor with AMX, and as on one without."""
+    monkeypatch.setattr(module, "fewest", request.param)
 
 
 @pytest.fixture(params=TOLERANCE, ids=str)
