@@ -205,11 +205,15 @@ def test_a_value_that_is_not_a_number_is_shown(model: Model) -> None:
     assert logits[1].isnan().all()
 
 
-def test_what_it_is_not_for_is_said(model: Model, plugins: Plugins) -> None:
+def test_what_it_is_not_for_is_said(model: Model) -> None:
+    class Other(type(model.architecture)):  # type: ignore[misc]
+        name = "rwkv5"
+
     assert Native().why_not(model) is None
     for change, reason in (
         ({"device": torch.device("meta")}, "it runs on the CPU, the model is on meta"),
         ({"dtype": torch.float64}, "it does not know weights of torch.float64"),
+        ({"architecture": Other()}, "it knows rwkv6 and rwkv7, the model is rwkv5"),
     ):
         assert Native().why_not(replace(model, **change)) == reason
 

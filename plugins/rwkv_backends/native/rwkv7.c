@@ -30,9 +30,6 @@ struct scratch {
 
 static const int mixture_of_down[] = {W, A, V, G}, mixture_of_rkv[] = {R, K, V};
 
-INLINE floats bounded_decay(floats x) { return exponential(-0.60653066f * sigmoid(x)); } /* exp(-1/2) */
-EACH(each_bounded_decay, bounded_decay)
-
 static int64_t ranks(const struct layer *layer) {
     int64_t all = 0;
     for (int j = 0; j < ADAPTERS; j++) all += layer->down[j].rows;
