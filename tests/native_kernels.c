@@ -17,11 +17,12 @@ void exchange(int64_t dtype, void *prev, const float *x, float *dx, int64_t n) {
 
 EACH(each_exponential, exponential)
 
-void functions(int64_t n, float *e, float *s, float *t, float *g, float *d, float *r) {
+void functions(int64_t n, float *e, float *s, float *t, float *g, float *d, float *b, float *r) {
     each_exponential(e, n);
     each_sigmoid(s, n);
     each_tangent(t, n);
     each_gate(g, n);
     each_decay(d, n);
+    each_bounded_decay(b, n);
     each_squared_relu(r, n);
 }

@@ -8,15 +8,17 @@ from dataclasses import replace
 import pytest
 import torch
 from engines import finish
-from helpers import Tensors, built, off, tiny_config, tokens_of
+from helpers import CPU, Tensors, built, off, tiny_config, tokens_of
 from rwkv_backends import native
 from rwkv_backends.eager import Eager
-from rwkv_backends.native import FAMILIES, ROWS, Native
+from rwkv_backends.native import ROWS, Native
+from rwkv_backends.native.structs import DTYPES, Matrix, Packer
 from rwkv_samplers.nucleus import Nucleus
 from torch import Tensor
 
 import rwkv_runtime
 from rwkv_runtime.backend import Forward
+from rwkv_runtime.checkpoint import build_model
 from rwkv_runtime.engine import Engine
 from rwkv_runtime.generation import Request
 from rwkv_runtime.model import Architecture, Model
@@ -28,14 +30,6 @@ from rwkv_runtime.tokenizer import Tokenizer
 pytestmark = pytest.mark.skipif(Native().why_not(None) is not None, reason=str(Native().why_not(None)))
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 5e-2, torch.float16: 5e-3}
 """Of the norm of all logits, against float64 on the same rounded weights."""
-
-
-@pytest.fixture(autouse=True)
-def known(request: pytest.FixtureRequest) -> None:
-    if "architecture" in request.fixturenames:
-        name = request.getfixturevalue("architecture").name
-        if name not in FAMILIES:
-            pytest.skip(f"there is no C for {name}")
 
 
 @pytest.fixture(params=TOLERANCE, ids=str)
@@ -78,6 +72,31 @@ def test_logits_are_close_to_the_reference(architecture: Architecture, plugins: 
     assert off(ours, expected) < TOLERANCE[dtype]
     if dtype != torch.float32:
         assert off(ours, expected) < off(eager, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_int8_weights_are_read_as_they_are(
+    checkpoint: Tensors, plugins: Plugins, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plain PyTorch's logits with the same 8 bits; nothing but them goes to the C, no copy of them widened or not."""
+    model = build_model(checkpoint, plugins.architectures, CPU, dtype, quant="int8")
+    given: list[tuple[Tensor, int]] = []
+    matrix = Packer.matrix
+
+    def watched(packer: Packer, weight: Tensor, scale: Tensor | None = None) -> Matrix:
+        packed = matrix(packer, weight, scale)
+        if scale is not None:
+            assert packed.dtype == DTYPES[torch.int8]
+            given.append((weight, packed.weight))
+        return packed
+
+    monkeypatch.setattr(Packer, "matrix", watched)
+    forward, tokens = Native().forward(model), texts(3)
+    assert len(given) >= 6 * model.config.n_layer + 1
+    assert all(weight.dtype == torch.int8 and weight.data_ptr() == address for weight, address in given)
+    ours = decoded(forward, model.new_state(3), tokens)
+    theirs = decoded(Eager().forward(model), model.new_state(3), tokens)
+    assert off(ours, theirs) < TOLERANCE[dtype]
 
 
 def test_the_state_is_that_of_plain_pytorch(model: Model) -> None:
@@ -151,7 +170,7 @@ def test_decays_from_none_to_all(
 ) -> None:
     tensors = dict(checkpoint)
     for name, t in tensors.items():
-        if name.endswith("time_decay"):
+        if name.endswith(("time_decay", "att.w0")):
             tensors[name] = torch.full_like(t, decay)
     model, tokens = built(tensors, plugins), tokens_of(200)
     ours = decoded(Native().forward(model), model.new_state(), torch.tensor([tokens]))[0]
@@ -186,11 +205,15 @@ def test_a_value_that_is_not_a_number_is_shown(model: Model) -> None:
     assert logits[1].isnan().all()
 
 
-def test_what_it_is_not_for_is_said(model: Model, plugins: Plugins) -> None:
+def test_what_it_is_not_for_is_said(model: Model) -> None:
+    class Other(type(model.architecture)):  # type: ignore[misc]
+        name = "rwkv5"
+
     assert Native().why_not(model) is None
     for change, reason in (
         ({"device": torch.device("meta")}, "it runs on the CPU, the model is on meta"),
         ({"dtype": torch.float64}, "it does not know weights of torch.float64"),
+        ({"architecture": Other()}, "it knows rwkv6 and rwkv7, the model is rwkv5"),
     ):
         assert Native().why_not(replace(model, **change)) == reason
 

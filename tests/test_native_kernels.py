@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import platform
 from ctypes import byref, c_int64, c_void_p
 from pathlib import Path
@@ -128,29 +129,31 @@ def test_the_last_input_is_kept_as_torch_rounds_it(dtype: torch.dtype, kernels: 
 
 
 def functions(kernels: ctypes.CDLL, x: Tensor) -> list[Tensor]:
-    outs = [x.clone() for _ in range(6)]
+    outs = [x.clone() for _ in range(7)]
     kernels.functions(c_int64(len(x)), *map(address, outs))
     return outs
 
 
 def test_functions_of_many_numbers(kernels: ctypes.CDLL) -> None:
     x = torch.cat([torch.linspace(-87, 88, 5003), torch.linspace(-1, 1, 2000)])
-    e, s, t, g, d, r = functions(kernels, x)
+    e, s, t, g, d, b, r = functions(kernels, x)
     z = x.double()
     assert (e / z.exp() - 1).abs().max() < 3e-7
     assert (s - z.sigmoid()).abs().max() < 2e-7
     assert (t - z.tanh()).abs().max() < 2e-7
     assert ((g - F.silu(z)) / (1 + z.abs())).abs().max() < 3e-7
     assert (d - torch.exp(-z.exp())).abs().max() < 3e-7
+    assert (b - torch.exp(-math.exp(-0.5) * z.sigmoid())).abs().max() < 3e-7
     assert torch.equal(r, x.relu().square())
 
 
 def test_functions_of_what_is_far_out(kernels: ctypes.CDLL) -> None:
     far = torch.tensor([-1e4, 1e4, -torch.inf, torch.inf, torch.nan])
-    e, s, t, _, d, r = functions(kernels, far)
+    e, s, t, _, d, b, r = functions(kernels, far)
     assert e[:4].isfinite().all()
     assert s[:4].tolist() == pytest.approx([0, 1, 0, 1], abs=1e-30)
     assert t[:4].tolist() == [-1, 1, -1, 1]
     assert d[:4].tolist() == pytest.approx([1, 0, 1, 0], abs=1e-30)
+    assert b[:4].tolist() == pytest.approx([1, math.exp(-math.exp(-0.5))] * 2)
     assert r[:4].tolist() == [0, 1e8, 0, torch.inf]
-    assert all(f[4].isnan() for f in (e, s, t, d, r))
+    assert all(f[4].isnan() for f in (e, s, t, d, b, r))

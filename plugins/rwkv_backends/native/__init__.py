@@ -14,14 +14,14 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from rwkv_backends.native import build, rwkv6
+from rwkv_backends.native import build, rwkv6, rwkv7
 from rwkv_backends.native.structs import DTYPES, Packer, StateTensor, state_tensor
 from rwkv_backends.native.team import find_team
 from rwkv_runtime import Backend, BackendError, Forward, Model, State, hookimpl
 
 ROWS = 16
 """Of larger batches torch's matrix products make more."""
-FAMILIES: dict[str, ModuleType] = {"rwkv6": rwkv6}
+FAMILIES: dict[str, ModuleType] = {"rwkv6": rwkv6, "rwkv7": rwkv7}
 """By the name of the architecture; the C is in a file of the same name."""
 WEIGHTS = 1 << 16
 """Of a layer, for each thread: with fewer, threads wait for each other longer than they work."""

@@ -1,7 +1,6 @@
 /* One decode step of RWKV-6: the same arithmetic as rwkv_layers/rwkv6.py for T = 1, in float32 throughout. */
 
 #include "layers.h"
-#include "team.h"
 
 struct layer {
     struct norm ln1, ln2;
@@ -22,56 +21,26 @@ struct layer {
     struct matrix value;                /* [C, F] */
 };
 
-struct model {
-    int64_t layers, heads, size; /* of the heads: C = heads * size */
-    int64_t rescale_every;       /* layers after which the residual stream is halved; 0: never */
-    struct matrix emb;           /* [V, C] */
-    struct norm ln0, ln_out;
-    struct matrix head; /* [V, C] */
-    const struct layer *layer;
-};
-
 /* Everything between the products, [B, ...] each. */
 struct scratch {
     float *x, *y, *dx, *mixed, *lora, *low, *kvrg, *decay, *out, *key, *receptance, *packed;
     int64_t packed_size; /* of one thread */
 };
 
-struct step {
-    const struct team *team;
-    const struct model *model;
-    struct state att_x, att_kv, ffn_x;
-    const int64_t *tokens; /* [B] */
-    int64_t B;
-    float *logits; /* [B, V] */
-    struct scratch s;
-    int threads;
-    struct barrier *barrier;
-};
+#include "step.h"
 
-static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-
-/* Lays the buffers out from `start`; gives how many numbers they take. */
 static int64_t lay_out(const struct model *m, int64_t B, int threads, float *start, struct scratch *s) {
     const struct layer *layer = m->layer;
-    int64_t C = m->heads * m->size, F = layer->key.rows, used = 0;
-    struct { float **buffer; int64_t size; } parts[] = {
+    int64_t C = m->heads * m->size, F = layer->key.rows;
+    const struct buffer buffers[] = {
         {&s->x, C}, {&s->y, C}, {&s->dx, C}, {&s->mixed, 5 * C}, {&s->lora, layer->maa_w1.rows},
         {&s->low, layer->decay_w1.rows}, {&s->kvrg, 4 * C}, {&s->decay, C}, {&s->out, C}, {&s->key, F},
         {&s->receptance, C},
     };
-    for (unsigned i = 0; i < sizeof parts / sizeof *parts; i++) {
-        *parts[i].buffer = start + used;
-        used += (B * parts[i].size + 15) / 16 * 16;
-    }
+    int64_t used = place(buffers, sizeof buffers, B, start);
     s->packed = start + used;
     s->packed_size = packed_size(most(C, most(F, layer->decay_w1.rows)), B);
     return used + threads * s->packed_size;
-}
-
-int64_t rwkv6_scratch(const struct model *m, int64_t B, int64_t threads) {
-    struct scratch unused;
-    return lay_out(m, B, (int)threads, 0, &unused);
 }
 
 /* What attention's products read: the normed input, and its way to the last one's. */
@@ -168,14 +137,6 @@ static void widen(const struct step *p, const struct layer *layer, struct share 
     }
 }
 
-/* x += out, or out * gate; a share of the columns. */
-static void add(const struct step *p, const float *gate, float scale, struct share s) {
-    int64_t C = p->model->heads * p->model->size;
-    for (int64_t b = 0; b < p->B; b++)
-        for (int64_t c = b * C + s.from; c < b * C + s.to; c++)
-            p->s.x[c] = (p->s.x[c] + p->s.out[c] * (gate ? gate[c] : 1.0f)) * scale;
-}
-
 static void layer_step(const struct step *p, int64_t i, int thread) {
     const struct layer *layer = p->model->layer + i;
     int64_t H = p->model->heads, C = H * p->model->size, F = layer->key.rows, D = layer->decay_w1.rows, B = p->B;
@@ -209,37 +170,4 @@ static void layer_step(const struct step *p, int64_t i, int thread) {
     meet(p->barrier, p->threads);
 }
 
-static void work(void *data) {
-    struct step step = *(const struct step *)data, *p = &step;
-    const struct model *m = p->model;
-    int thread = p->team->thread();
-    int64_t C = m->heads * m->size;
-    p->threads = p->team->threads();
-    uint64_t mode = flush_subnormals();
-    struct share rows = share_of(p->B, 1, thread, p->threads);
-    for (int64_t b = rows.from; b < rows.to; b++) {
-        embedding(&m->emb, p->tokens[b], p->s.x + b * C);
-        layer_norm(&m->ln0, p->s.x + b * C, p->s.x + b * C, C);
-    }
-    for (int64_t i = 0; i < m->layers; i++) layer_step(p, i, thread);
-    for (int64_t b = rows.from; b < rows.to; b++) layer_norm(&m->ln_out, p->s.x + b * C, p->s.y + b * C, C);
-    meet(p->barrier, p->threads);
-    struct share s = share_of(m->head.rows, 16, thread, p->threads);
-    multiply(&m->head, s.from, s.to, p->s.y, p->B, p->logits, p->s.packed + thread * p->s.packed_size);
-    restore(mode);
-}
-
-/* One token for each of B rows: the state is updated, logits float32 [B, V] are written. `scratch` has room for
-   rwkv6_scratch numbers. Gives 1, nothing done, where a token is none of the vocabulary. */
-int rwkv6_step(const struct team *team, const struct model *m, const struct state *states, const int64_t *tokens,
-               int64_t B, int64_t threads, float *scratch, float *logits) {
-    struct barrier barrier = {0, 0, 0};
-    struct step p = {team, m, states[0], states[1], states[2], tokens, B, logits, {0}, (int)threads, &barrier};
-    for (int64_t b = 0; b < B; b++)
-        if (tokens[b] < 0 || tokens[b] >= m->emb.rows) return 1;
-    lay_out(m, B, (int)threads, scratch, &p.s);
-    team->parallel(work, &p, (unsigned)threads, 0);
-    return 0;
-}
-
-int64_t rwkv6_sizes(int64_t of) { return of == 0 ? sizeof(struct layer) : sizeof(struct model); }
+EXPORT(rwkv6)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rwkv_backends.native.structs import Matrix, Norm, Packer
+from rwkv_backends.native.structs import Matrix, Norm, Packer, Weighted
 from rwkv_runtime import Model
 
 if TYPE_CHECKING:
@@ -43,22 +43,6 @@ class Layer(ctypes.Structure):
     ]
 
 
-class Weighted(ctypes.Structure):
-    """`struct model` of rwkv6.c."""
-
-    _fields_ = [
-        ("layers", ctypes.c_int64),
-        ("heads", ctypes.c_int64),
-        ("size", ctypes.c_int64),
-        ("rescale_every", ctypes.c_int64),
-        ("emb", Matrix),
-        ("ln0", Norm),
-        ("ln_out", Norm),
-        ("head", Matrix),
-        ("layer", ctypes.POINTER(Layer)),
-    ]
-
-
 SIZES = (Layer, Weighted)
 """As rwkv6_sizes numbers them."""
 
@@ -77,7 +61,7 @@ def pack(model: Model, packer: Packer) -> Weighted:
         packer.norm(*w.ln0),
         packer.norm(*w.ln_out),
         packer.matrix(*w.head),
-        layers,
+        packer.layers(layers),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,22 @@ class Norm(ctypes.Structure):
     """`struct norm` of layers.h."""
 
     _fields_ = [("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p)]
+
+
+class Weighted(ctypes.Structure):
+    """`struct model` of step.h."""
+
+    _fields_ = [
+        ("layers", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("size", ctypes.c_int64),
+        ("rescale_every", ctypes.c_int64),
+        ("emb", Matrix),
+        ("ln0", Norm),
+        ("ln_out", Norm),
+        ("head", Matrix),
+        ("layer", ctypes.c_void_p),
+    ]
 
 
 class StateTensor(ctypes.Structure):
@@ -68,6 +85,11 @@ class Packer:
         """Several of one shape, [n, rows, cols] and [n, rows]."""
         each = [None] * len(weights) if scales is None else list(scales)
         return [self.matrix(weight, scale) for weight, scale in zip(weights, each, strict=True)]
+
+    def layers(self, layers: ctypes.Array[Any]) -> int:
+        """Those of a model, each a version's own structure -> their address."""
+        self.kept.append(layers)
+        return ctypes.addressof(layers)
 
 
 def state_tensor(t: Tensor) -> StateTensor:

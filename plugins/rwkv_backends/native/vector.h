@@ -81,12 +81,14 @@ INLINE floats tangent(floats x) { return 1.0f - 2.0f / (exponential(x + x) + 1.0
 
 INLINE floats gate(floats x) { return x * sigmoid(x); }
 INLINE floats decay(floats x) { return exponential(-exponential(x)); }
+INLINE floats bounded_decay(floats x) { return exponential(-0.60653066f * sigmoid(x)); } /* e^-0.5 = 0.607 */
 INLINE floats squared_relu(floats x) { return choose(x < (floats){0}, (floats){0}, x * x); }
 
 EACH(each_sigmoid, sigmoid)
 EACH(each_tangent, tangent)
 EACH(each_gate, gate)
 EACH(each_decay, decay)
+EACH(each_bounded_decay, bounded_decay)
 EACH(each_squared_relu, squared_relu)
 
 /* Strong decays end in subnormal numbers, on which processors are slow: a thread takes them for zero meanwhile. */
