@@ -181,8 +181,8 @@ INLINE void columns_times(int dtype, const struct matrix *m, int64_t top, int64_
 
 /* out [n, cols] += x [n, rows], rows of it `apart`, times the rows top... of a matrix, which is not INT8: those
    columns from first to last. */
-static void add_columns(const struct matrix *m, int64_t top, int64_t rows, int64_t first, int64_t last, const float *x,
-                        int64_t apart, int64_t n, float *out) {
+static NOINLINE void add_columns(const struct matrix *m, int64_t top, int64_t rows, int64_t first, int64_t last,
+                                 const float *x, int64_t apart, int64_t n, float *out) {
     switch (m->dtype) {
     case FLOAT32: columns_times(FLOAT32, m, top, rows, first, last, x, apart, n, out); break;
     case BFLOAT16: columns_times(BFLOAT16, m, top, rows, first, last, x, apart, n, out); break;
