@@ -48,7 +48,8 @@ class Param:
             raise OptionError(f"{name} is {kind}, not {value!r}") from None
         whole = isinstance(self.default, int)
         if not self.low <= number <= self.high or (whole and not number.is_integer()):
-            raise OptionError(f"{name} is {kind} from {self.low:g} to {self.high:g}, not {value}")
+            low, high = (f"{n:,.0f}" if whole and math.isfinite(n) else f"{n:g}" for n in (self.low, self.high))
+            raise OptionError(f"{name} is {kind} from {low} to {high}, not {value}")
         return int(number) if whole else number
 
 

@@ -54,7 +54,7 @@ class Figures:
         if self.prompt_tokens:
             rate = f", {self.prompt_rate:.0f}/s" if self.prompt_rate else ""
             parts = [f"prompt {self.prompt_tokens} token{'s' * (self.prompt_tokens != 1)}{rate}"]
-        written = f"wrote {self.tokens} tokens"
+        written = f"wrote {self.tokens} token{'s' * (self.tokens != 1)}"
         if self.rate:
             written += f", {self.rate:.1f}/s"
         if self.rate_without_sampling:
