@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from engines import finish
-from helpers import built, only, tiny_config, tokens_of
+from helpers import built, tiny_config, tokens_of
 from rwkv_backends.eager import Eager
 
 from rwkv_runtime.engine import Engine
@@ -35,8 +35,7 @@ def endless(architecture: Architecture, tokenizer: Tokenizer, plugins: Plugins, 
     return Engine(model, Eager(), plugins.sampler("banned,greedy"), tokenizer, lag=lag)
 
 
-@only("rwkv6")
-@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize(("architecture", "lag"), [("rwkv6", 0), ("rwkv7", 1)], indirect=["architecture"])
 def test_memory_is_flat_over_20_000_tokens(
     lag: int, architecture: Architecture, tokenizer: Tokenizer, plugins: Plugins
 ) -> None:
