@@ -1,19 +1,18 @@
 """`python -m benchmarks.kernels --size 1.6b --batch 1 --length 2048`: where a GPU's time goes in the `fused` backend.
 
 A decode step as the engine freezes it, sampler included, and a prompt: how long each takes, its share of what the
-memory and the matrix units can do, and each kernel's part of it. `--try NAME=VALUE,VALUE` measures with other values
-of a field of `Tuning` as well.
+memory and the matrix units can do, and each kernel's part of it. `--try tile_rows=4,programs=396` measures with these
+fields of `Tuning` as well; it may be repeated.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -43,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, action="append", default=[], help="rows of a decode step; may be repeated")
     parser.add_argument("--length", type=int, action="append", default=[], help="tokens of a prompt; may be repeated")
     parser.add_argument("--sampler", default="nucleus")
-    parser.add_argument("--try", dest="tries", action="append", default=[], type=choice, metavar="NAME=VALUE,VALUE")
+    parser.add_argument("--try", dest="tries", action="append", default=[], type=changed, metavar="NAME=VALUE,...")
     parser.add_argument("--profile", action="store_true", help="each kernel's part, with the first tuning")
     parser.add_argument("--weights", type=Path, metavar="FOLDER", help="keeps the random checkpoints there")
     options = parser.parse_args(argv)
@@ -57,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpoint = make_checkpoint(architecture, options.size, options.dtype, folder)
         model = build_model(checkpoint.tensors(), plugins.architectures, CUDA)
     print(f"{torch.cuda.get_device_name()}: {ceilings.read():.0f} GB/s read", flush=True)
-    for number, tuning in enumerate(tunings(options.tries)):
+    for number, tuning in enumerate([Tuning(), *options.tries]):
         differs = ", ".join(f"{name}={value}" for name, value in changes(tuning).items()) or "as it is"
         for rows in options.batch:
             step = decode_step(plugins, model, tuning, options.sampler, rows)
@@ -73,20 +72,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def choice(text: str) -> list[tuple[str, int]]:
-    """`NAME=VALUE,VALUE` as pairs."""
-    name, _, values = text.partition("=")
-    if name not in {field.name for field in dataclasses.fields(Tuning)}:
-        raise argparse.ArgumentTypeError(f"Tuning has no {name}")
-    return [(name, int(value)) for value in values.split(",")]
-
-
-def tunings(tries: Sequence[Sequence[tuple[str, int]]]) -> Iterator[Tuning]:
-    """The default, then every combination of what is to be tried."""
-    yield Tuning()
-    for combination in itertools.product(*tries) if tries else ():
-        if (tuning := Tuning(**dict(combination))) != Tuning():
-            yield tuning
+def changed(text: str) -> Tuning:
+    """`NAME=VALUE,NAME=VALUE`: the default with these."""
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    known = {field.name for field in dataclasses.fields(Tuning)}
+    if unknown := {name for name, _, _ in pairs} - known:
+        raise argparse.ArgumentTypeError(f"Tuning has no {', '.join(unknown)}")
+    return Tuning(**{name: int(value) for name, _, value in pairs})
 
 
 def changes(tuning: Tuning) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -58,7 +59,7 @@ class Fused(Backend):
 
     def forward(self, model: Model) -> Forward:
         family: Callable[[Model, Tuning], Forward] = import_module(FAMILIES[model.architecture.name]).forward
-        forward = family(model, self.tuning)
+        forward = family(model, self.tuning if overlaps(model.device) else replace(self.tuning, overlap=False))
         if model.device.type == "cuda":
             for length in PREFILLS:  # compiles now, so that a failure shows here; decode steps are compiled by `freeze`
                 forward(torch.zeros(1, length, dtype=torch.int64, device=model.device), model.new_state())
@@ -66,6 +67,11 @@ class Fused(Backend):
 
     def freeze(self, tick: Tick, buffers: Sequence[Tensor]) -> Tick:
         return self._graphs.capture(tick, buffers) if buffers[0].is_cuda else tick
+
+
+def overlaps(device: torch.device) -> bool:
+    """Whether a kernel can start before the one ahead of it has ended: from Hopper on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def interpreted() -> bool:

@@ -12,7 +12,7 @@ from rwkv_layers.linear import Matrix
 from rwkv_layers.matrices import quantize
 from torch import Tensor
 
-TUNING = Tuning(programs=3, tile_rows=4, value_rows=32, lerp_rows=32, lerp_cols=32)
+TUNING = Tuning(overlap=False, programs=3, tile_rows=4, value_rows=16, value_cols=32, lerp_rows=32, lerp_cols=32)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.02}
 B, C, V, R, D = 2, 40, 37, 5, 9  # C and the rest are no powers of two
 WIDTH = 70  # of the channel mixing
@@ -75,7 +75,7 @@ def close(dtype: torch.dtype, *pairs: tuple[Tensor, Tensor]) -> None:
 def test_embed(dtype: torch.dtype) -> None:
     draw = Draw(dtype)
     tokens, emb, norm = torch.tensor([3, 0, 36]), draw(V, C), draw.norm()
-    close(dtype, (mixing.embed(tokens, emb, norm), normed(emb[tokens], norm)))
+    close(dtype, (mixing.embed(tokens, emb, norm, TUNING), normed(emb[tokens], norm)))
 
 
 def test_shift_lora(dtype: torch.dtype) -> None:
@@ -104,6 +104,15 @@ def test_shift_and_lerps(dtype: torch.dtype, T: int) -> None:
     mix = torch.bmm(low, w.double()[:, :R]) + w.double()[:, R:]
     close(dtype, (mixed, e + dx * mix))
     assert torch.equal(prev, ours[0].view(B, T, C)[:, -1])
+
+
+def test_lerps_of_few_rows(dtype: torch.dtype) -> None:
+    draw = Draw(dtype)
+    e, dx, w, lora, prev = draw(B, C), draw(B, C), draw(5, R + 1, C), draw(B, 5 * R), draw(B, C)
+    ours = vector.lerps(lora, e, dx, w, prev, TUNING)
+    low = torch.tanh(lora.double()).view(B, 5, R).transpose(0, 1)
+    close(dtype, (ours, e + dx * (torch.bmm(low, w.double()[:, :R]) + w.double()[:, R:])))
+    assert torch.equal(prev, e)
 
 
 def test_kvrg(dtype: torch.dtype, int8: bool) -> None:
@@ -164,8 +173,10 @@ def test_channel_mixing_of_few_rows(dtype: torch.dtype, share: float, int8: bool
     last, k, r = ours
     k *= kept
     twin = (x.double() + r.double() * (k.double() @ value_w.t())) * 0.5
-    vector.add_value(k, r, Matrix(value.t().contiguous(), scale), last, x, prev, 0.5, TUNING)
+    arrived = vector.arrivals(x, C, TUNING)
+    vector.add_value(k, r, Matrix(value.t().contiguous(), scale), last, x, prev, 0.5, arrived, TUNING)
     close(dtype, (x, twin))
+    assert not arrived.any()
     assert torch.equal(prev, last)
 
 
@@ -175,7 +186,8 @@ def test_weights_of_zero_inputs_are_not_read() -> None:
     k, r, x, prev = draw(1, WIDTH).relu(), draw(1, C), draw(1, C), draw(1, C)
     value = draw(WIDTH, C)
     value[k[0] == 0] = torch.nan
-    vector.add_value(k, r, Matrix(value, None), x.clone(), x, prev, 1.0, TUNING)
+    arrived = vector.arrivals(x, C, TUNING)
+    vector.add_value(k, r, Matrix(value, None), x.clone(), x, prev, 1.0, arrived, TUNING)
     assert bool(x.isfinite().all())
 
 
@@ -218,7 +230,7 @@ def test_one_token_through_the_wkv(dtype: torch.dtype, decay: str, N: int) -> No
     decays = torch.exp(-torch.exp(raw.double() + torch.tanh(low.double()) @ w.double().t()))
     o, end = recurrence(kvrg, decays, u, kv[:B])
     spare = kv[B].clone()
-    out = wkv6.wkv(kvrg, low, w, raw, u, norm, kv[:B], draw(1))
+    out = wkv6.wkv(kvrg, low, w, raw, u, norm, kv[:B], draw(1), TUNING)
     close(dtype, (out, gated(o, kvrg[3], norm)), (kv[:B], end))
     assert out.dtype == dtype
     assert torch.equal(kv[B], spare)

@@ -9,12 +9,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rwkv_backends.kernels.device import load_vector, norm_row, store, tanh
+from rwkv_backends.kernels.device import let_next_begin, load_vector, norm_row, store, tanh, wait_for_earlier
 from rwkv_backends.kernels.tuning import Tuning
 
 
 @triton.jit
-def embed_kernel(tokens_ptr, emb_ptr, weight_ptr, bias_ptr, x_ptr, C: tl.constexpr, BLOCK: tl.constexpr):
+def embed_kernel(tokens_ptr, emb_ptr, weight_ptr, bias_ptr, x_ptr, C: tl.constexpr, BLOCK: tl.constexpr,
+                 OVERLAP: tl.constexpr):  # fmt: skip
+    """The first kernel of a step. It lets the next begin only when all before it is done: so what this step reads
+    before it waits, such as the states, is what the last one has written."""
+    wait_for_earlier(OVERLAP)
+    let_next_begin(OVERLAP)
     m = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < C
@@ -118,11 +123,11 @@ def across(C: int) -> dict[str, int]:
     return {"C": C, "BLOCK": block, "num_warps": max(1, min(8, block // 256))}
 
 
-def embed(tokens: Tensor, emb: Tensor, norm: tuple[Tensor, Tensor]) -> Tensor:
+def embed(tokens: Tensor, emb: Tensor, norm: tuple[Tensor, Tensor], tuning: Tuning) -> Tensor:
     """tokens int64 [M], emb [V, C] -> their rows after a layer norm [M, C]."""
     C = emb.shape[1]
     x = emb.new_empty(len(tokens), C)
-    embed_kernel[len(tokens),](tokens, emb, *norm, x, **across(C))
+    embed_kernel[len(tokens),](tokens, emb, *norm, x, **across(C), **tuning.launch)
     return x
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -12,14 +13,17 @@ class Tuning:
     vector_rows: int = 2
     """Up to this batch size a decode step takes the kernels that read each weight once a row and skip what is zero;
     beyond it cuBLAS, with the rest fused around it."""
+    overlap: bool = True
+    """Whether a kernel of a decode step starts, and asks for its first weights, while the one before it still runs
+    (programmatic dependent launch); the backend turns it off where the GPU cannot."""
     programs: int = 528
     """About how many programs share the rows of a large matrix: four for each multiprocessor."""
-    tile_rows: int = 4
-    """Rows of a matrix that a program holds at once, each from end to end."""
-    value_rows: int = 1024
+    tile_rows: int = 2
+    """Rows of a matrix that a program holds at once, each from end to end; it has asked for as many again, twice."""
+    value_rows: int = 32
     """Inputs of the value matrix that a program looks at together; those that are zero are not read."""
-    value_cols: int = 16
-    """Its outputs: one program each so many."""
+    value_cols: int = 128
+    """Its outputs that a program adds to; several share them, each some of the inputs."""
     lerp_rows: int = 64
     """Tokens of one program that mixes inputs, where there are more than 16; half as many in float32."""
     lerp_cols: int = 64
@@ -28,6 +32,11 @@ class Tuning:
     """Tokens of a prompt between two states that are computed: at least 16, as a matrix product of Triton has."""
     state_cols: int = 32
     """Columns of a head's state that one program carries through a prompt: from 16 to the head size."""
+
+    @property
+    def launch(self) -> dict[str, Any]:
+        """Options of every kernel of a decode step."""
+        return {"OVERLAP": True, "launch_pdl": True} if self.overlap else {"OVERLAP": False}
 
     def lerp_tile(self, M: int, C: int, width: int) -> tuple[int, int]:
         """Tokens and channels of a program that multiplies by an adapter of numbers of `width` bytes.
