@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--length", type=int, action="append", default=[], help="tokens of a prompt; may be repeated")
     parser.add_argument("--sampler", default="nucleus")
     parser.add_argument("--try", dest="tries", action="append", default=[], type=changed, metavar="NAME=VALUE,...")
-    parser.add_argument("--profile", action="store_true", help="each kernel's part, with the first tuning")
+    parser.add_argument("--profile", action="store_true", help="each kernel's part; waiting counts where kernels overlap")
     parser.add_argument("--weights", type=Path, metavar="FOLDER", help="keeps the random checkpoints there")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -56,17 +56,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpoint = make_checkpoint(architecture, options.size, options.dtype, folder)
         model = build_model(checkpoint.tensors(), plugins.architectures, CUDA)
     print(f"{torch.cuda.get_device_name()}: {ceilings.read():.0f} GB/s read", flush=True)
-    for number, tuning in enumerate([Tuning(), *options.tries]):
+    for tuning in [Tuning(), *options.tries]:
         differs = ", ".join(f"{name}={value}" for name, value in changes(tuning).items()) or "as it is"
         for rows in options.batch:
             step = decode_step(plugins, model, tuning, options.sampler, rows)
             report(f"{options.size} decode {rows}: {differs}", step, decode_share(checkpoint, model, rows, ceilings))
-            if options.profile and number == 0:
+            if options.profile:
                 print_profile(step)
         for length in options.length:
             step = prompt_step(model, tuning, length)
             report(f"{options.size} prompt {length}: {differs}", step, prompt_share(checkpoint, length, ceilings))
-            if options.profile and number == 0:
+            if options.profile:
                 print_profile(step)
         collect()
     return 0

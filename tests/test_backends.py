@@ -155,9 +155,12 @@ def test_the_second_start_compiles_nothing_anew(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-def test_on_a_gpu_the_compiled_step_is_a_graph(architecture: Architecture, tokenizer: Tokenizer) -> None:
+def test_on_a_gpu_the_compiled_step_is_a_graph(
+    architecture: Architecture, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
     runtime = tiny_model(architecture.name, backend="compile", n_layer=1, device="cuda")
     engine = runtime.engine("nucleus")
+    assert caplog.text == ""
     assert runtime.backend.name == "compile"
     assert isinstance(getattr(engine._ticks[1], "__self__", None), torch.cuda.CUDAGraph)
     plain = Engine(runtime.model, Eager(), Nucleus(), runtime.tokenizer)

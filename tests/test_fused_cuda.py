@@ -60,9 +60,9 @@ def pair(plugins: Plugins, dtype: torch.dtype, name: str = "rwkv6", layers: int 
     return ours, exact
 
 
-def no_further(ours: Tensor, plain: Tensor, exact: Tensor) -> bool:
-    """Whether we are as near to float32 as plain PyTorch is in the same dtype, give or take."""
-    return off(ours, exact) <= max(EXACT, 1.5 * off(plain, exact))
+def no_further(ours: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """We are as near to float32 as plain PyTorch is in the same dtype, give or take."""
+    assert off(ours, exact) <= max(EXACT, 1.5 * off(plain, exact))
 
 
 def forced(engine: Engine, tokens: Sequence[int], rows: int) -> Tensor:
@@ -100,7 +100,7 @@ def test_captured_steps_say_what_plain_pytorch_says(
     engine = Engine(model, Fused(), Nucleus(), tokenizer, rows)
     first, second = (forced(engine, TOKENS, rows) for _ in range(2))
     assert bool(first.isfinite().all())
-    assert no_further(first, plain, exact)
+    no_further(first, plain, exact)
     assert torch.equal(first, second)
 
 
@@ -113,9 +113,9 @@ def test_prompts_say_what_plain_pytorch_says(plugins: Plugins, name: str, dtype:
     tokens = torch.tensor([tokens_of(T, seed) for seed in range(B)], device="cuda")
     states = [m.new_state(B) for m in (model, model, in_full)]
     passes = [Fused().forward(model), Eager().forward(model), Eager().forward(in_full)]
-    assert no_further(*(run(tokens, state, every=True) for run, state in zip(passes, states, strict=True)))
+    no_further(*(run(tokens, state, every=True) for run, state in zip(passes, states, strict=True)))
     for name in states[0].tensors:
-        assert no_further(*(state[name] for state in states)), name
+        no_further(*(state[name] for state in states))
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
@@ -173,8 +173,8 @@ class Waits(Nucleus):
 
     name = "waits"
 
-    def filter(self, logits: Tensor, controls: Controls) -> Tensor:
-        return super().filter(logits, controls) * float(logits.sum().isfinite())
+    def sample(self, logits: Tensor, controls: Controls) -> Tensor:
+        return super().sample(logits * float(logits.amax().isfinite()), controls)
 
 
 def test_a_sampler_that_waits_runs_beside_the_graph(

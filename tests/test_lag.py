@@ -206,8 +206,8 @@ def test_on_a_gpu_tokens_travel_through_pinned_memory() -> None:
     runtime = tiny_model(device="cuda")
     engine = runtime.engine("nucleus", rows=3)
     assert engine.lag == 1
-    flight = Flight(engine.drawn, [])
-    assert flight._tokens.is_pinned()
+    generations = [engine.check(Request([1])) for _ in range(3)]
+    assert Flight(engine.drawn, generations)._tokens.is_pinned()
     requests = [replace(request, prompt=request.prompt[:20]) for request in REQUESTS if not request.params]
     at_once = Engine(runtime.model, runtime.backend, Nucleus(), runtime.tokenizer, 3, lag=0)
     for a, b in zip(finish(at_once, *requests), finish(engine, *requests), strict=True):

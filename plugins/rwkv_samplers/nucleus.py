@@ -49,7 +49,8 @@ class Nucleus(Sampler):
         return torch.where(end.keys < end.key, (logits - best).div_(divisor), beyond)
 
     def sample(self, logits: Tensor, controls: Controls) -> Tensor:
-        if logits.is_cuda and (kernels := _kernels()):
+        # torch.compile makes kernels of its own of the plain way.
+        if logits.is_cuda and not torch.compiler.is_compiling() and (kernels := _kernels()):
             drawn: Tensor = kernels.sample(logits, controls, Packed.of(logits.shape[-1]).unit)
             return drawn
         return super().sample(logits, controls)

@@ -26,9 +26,25 @@ def tanh(x):
 
 
 @triton.jit
+def fetch_ahead(ptr, size):
+    """Asks for `size` bytes (a multiple of 16) from `ptr` on to be brought into the L2 cache; the first thread does."""
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred first;
+        .reg .u32 thread;
+        mov.u32 thread, %tid.x;
+        setp.eq.u32 first, thread, 0;
+        @first cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.u32 $0, 0;
+        }""",
+        "=r,l,r", [ptr.to(tl.int64), size], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def norm_row(x_ptr, weight_ptr, bias_ptr, cols, mask, C: tl.constexpr):
     """Layer norm of the row of C at x_ptr, float32, rounded as the model keeps it: the state holds the same."""
-    weight, bias = load_vector(weight_ptr, cols, mask), load_vector(bias_ptr, cols, mask)
+    weight, bias = load_raw(weight_ptr, cols, mask), load_raw(bias_ptr, cols, mask)
     return norm_with(x_ptr, weight, bias, cols, mask, C)
 
 
@@ -38,7 +54,14 @@ def norm_with(x_ptr, weight, bias, cols, mask, C: tl.constexpr):
     x = load_vector(x_ptr, cols, mask)
     apart = tl.where(mask, x - tl.sum(x, 0) / C, 0.0)
     scale = tl.rsqrt(tl.sum(apart * apart, 0) / C + 1e-5)
-    return (apart * scale * weight + bias).to(x_ptr.dtype.element_ty).to(tl.float32)
+    y = apart * scale * weight.to(tl.float32) + bias.to(tl.float32)
+    return y.to(x_ptr.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def load_raw(ptr, cols, mask):
+    """As it is stored: what waits in registers should be small."""
+    return tl.load(ptr + cols, mask=mask, other=0.0)
 
 
 @triton.jit

@@ -15,7 +15,16 @@ import triton.language as tl
 from rwkv_layers.linear import Matrix
 from torch import Tensor
 
-from rwkv_backends.kernels.device import let_next_begin, load_vector, norm_with, store, tanh, wait_for_earlier
+from rwkv_backends.kernels.device import (
+    fetch_ahead,
+    let_next_begin,
+    load_raw,
+    load_vector,
+    norm_with,
+    store,
+    tanh,
+    wait_for_earlier,
+)
 from rwkv_backends.kernels.tuning import Tuning
 
 
@@ -32,11 +41,18 @@ def tile(w_ptr, rows, end, cols, mask, C: tl.constexpr):
 
 
 @triton.jit
-def first_tiles(w_ptr, begin, stop, D, cols, mask, C: tl.constexpr, ROWS: tl.constexpr):
-    """The first two tiles of those from `begin` to `stop` of a matrix of D rows."""
+def first_tiles(w_ptr, begin, stop, D, cols, mask, C: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr):
+    """The first two tiles of those from `begin` to `stop` of a matrix of D rows; AHEAD bytes of the others are asked
+    for."""
     rows = begin * ROWS + tl.arange(0, ROWS)
     end = tl.minimum(stop * ROWS, D)
-    return tile(w_ptr, rows, end, cols, mask, C), tile(w_ptr, rows + ROWS, end, cols, mask, C)
+    w, ahead = tile(w_ptr, rows, end, cols, mask, C), tile(w_ptr, rows + ROWS, end, cols, mask, C)
+    if AHEAD:
+        others = (begin + 2) * ROWS
+        size = tl.minimum((end - others) * C * (w_ptr.dtype.element_ty.primitive_bitwidth // 8), AHEAD)
+        if size > 0:
+            fetch_ahead(w_ptr + others * C, size)
+    return w, ahead
 
 
 @triton.jit
@@ -67,22 +83,24 @@ def products(x, w, ahead, w_ptr, scale_ptr, scale_at, out_ptr, begin, stop, D, c
 
 @triton.jit
 def shift_lora_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_ptr, w_ptr, normed_ptr, dx_ptr, out_ptr,
-                      D, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                      D, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr,
+                      OVERLAP: tl.constexpr):  # fmt: skip
     let_next_begin(OVERLAP)
     b = tl.program_id(1)
     begin, stop = share(tl.program_id(0), tl.num_programs(0), tl.cdiv(D, ROWS))
     cols = tl.arange(0, BLOCK)
     mask = cols < C
-    w, ahead = first_tiles(w_ptr, begin, stop, D, cols, mask, C, ROWS)
-    weight, bias = load_vector(weight_ptr, cols, mask), load_vector(bias_ptr, cols, mask)
-    maa, prev = load_vector(maa_ptr, cols, mask), load_vector(prev_ptr + b * C, cols, mask)
+    w, ahead = first_tiles(w_ptr, begin, stop, D, cols, mask, C, ROWS, AHEAD)
+    weight, bias = load_raw(weight_ptr, cols, mask), load_raw(bias_ptr, cols, mask)
+    maa, prev = load_raw(maa_ptr, cols, mask), load_raw(prev_ptr + b * C, cols, mask)
     wait_for_earlier(OVERLAP)
     x = norm_with(x_ptr + b * C, weight, bias, cols, mask, C)
-    dx = prev - x
+    dx = prev.to(tl.float32) - x
     if tl.program_id(0) == 0:
         store(normed_ptr + b * C + cols, x, mask)
         store(dx_ptr + b * C + cols, dx, mask)
-    products(x + dx * maa, w, ahead, w_ptr, None, 0, out_ptr + b * D, begin, stop, D, cols, mask, C, ROWS, "")
+    x += dx * maa.to(tl.float32)
+    products(x, w, ahead, w_ptr, None, 0, out_ptr + b * D, begin, stop, D, cols, mask, C, ROWS, "")
 
 
 @triton.jit
@@ -107,7 +125,7 @@ def lerp_kernel(lora_ptr, normed_ptr, dx_ptr, w_ptr, out_ptr, prev_ptr, B, R: tl
 
 @triton.jit
 def kvrg_kernel(mixed_ptr, kvrg_ptr, scale_ptr, low_ptr, kvrg_out, low_out, B, D, PER, C: tl.constexpr,
-                BLOCK: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                BLOCK: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     let_next_begin(OVERLAP)
     b = tl.program_id(1)
     part = tl.program_id(0) // PER  # of k, v, r, g, then the decay's adapter
@@ -116,14 +134,14 @@ def kvrg_kernel(mixed_ptr, kvrg_ptr, scale_ptr, low_ptr, kvrg_out, low_out, B, D
     if part < 4:
         w_ptr = kvrg_ptr + part * C * C
         begin, stop = share(tl.program_id(0) - part * PER, PER, tl.cdiv(C, ROWS))
-        w, ahead = first_tiles(w_ptr, begin, stop, C, cols, mask, C, ROWS)
+        w, ahead = first_tiles(w_ptr, begin, stop, C, cols, mask, C, ROWS, AHEAD)
         wait_for_earlier(OVERLAP)
         x = load_vector(mixed_ptr + ((part + 1) * B + b) * C, cols, mask)
         out_ptr = kvrg_out + (part * B + b) * C
         products(x, w, ahead, w_ptr, scale_ptr, part * C, out_ptr, begin, stop, C, cols, mask, C, ROWS, "")
     else:
         begin, stop = share(tl.program_id(0) - 4 * PER, tl.num_programs(0) - 4 * PER, tl.cdiv(D, ROWS))
-        low, low_ahead = first_tiles(low_ptr, begin, stop, D, cols, mask, C, ROWS)
+        low, low_ahead = first_tiles(low_ptr, begin, stop, D, cols, mask, C, ROWS, AHEAD)
         wait_for_earlier(OVERLAP)
         x = load_vector(mixed_ptr + b * C, cols, mask)
         products(x, low, low_ahead, low_ptr, None, 0, low_out + b * D, begin, stop, D, cols, mask, C, ROWS, "")
@@ -131,13 +149,13 @@ def kvrg_kernel(mixed_ptr, kvrg_ptr, scale_ptr, low_ptr, kvrg_out, low_out, B, D
 
 @triton.jit
 def add_kernel(y_ptr, w_ptr, scale_ptr, x_ptr, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-               OVERLAP: tl.constexpr):  # fmt: skip
+               AHEAD: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     let_next_begin(OVERLAP)
     b = tl.program_id(1)
     begin, stop = share(tl.program_id(0), tl.num_programs(0), tl.cdiv(C, ROWS))
     cols = tl.arange(0, BLOCK)
     mask = cols < C
-    w, ahead = first_tiles(w_ptr, begin, stop, C, cols, mask, C, ROWS)
+    w, ahead = first_tiles(w_ptr, begin, stop, C, cols, mask, C, ROWS, AHEAD)
     wait_for_earlier(OVERLAP)
     y = load_vector(y_ptr + b * C, cols, mask)
     products(y, w, ahead, w_ptr, scale_ptr, 0, x_ptr + b * C, begin, stop, C, cols, mask, C, ROWS, "add")
@@ -146,31 +164,32 @@ def add_kernel(y_ptr, w_ptr, scale_ptr, x_ptr, C: tl.constexpr, BLOCK: tl.conste
 @triton.jit
 def key_receptance_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_k_ptr, maa_r_ptr, key_ptr, key_scale_ptr,
                           receptance_ptr, receptance_scale_ptr, normed_ptr, k_ptr, r_ptr, F, KEYS, C: tl.constexpr,
-                          BLOCK: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                          BLOCK: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr,
+                          OVERLAP: tl.constexpr):  # fmt: skip
     let_next_begin(OVERLAP)
     b = tl.program_id(1)
     cols = tl.arange(0, BLOCK)
     mask = cols < C
     if tl.program_id(0) < KEYS:
         begin, stop = share(tl.program_id(0), KEYS, tl.cdiv(F, ROWS))
-        w, ahead = first_tiles(key_ptr, begin, stop, F, cols, mask, C, ROWS)
-        weight, bias = load_vector(weight_ptr, cols, mask), load_vector(bias_ptr, cols, mask)
-        maa, prev = load_vector(maa_k_ptr, cols, mask), load_vector(prev_ptr + b * C, cols, mask)
+        w, ahead = first_tiles(key_ptr, begin, stop, F, cols, mask, C, ROWS, AHEAD)
+        weight, bias = load_raw(weight_ptr, cols, mask), load_raw(bias_ptr, cols, mask)
+        maa, prev = load_raw(maa_k_ptr, cols, mask), load_raw(prev_ptr + b * C, cols, mask)
         wait_for_earlier(OVERLAP)
         x = norm_with(x_ptr + b * C, weight, bias, cols, mask, C)
         if tl.program_id(0) == 0:
             store(normed_ptr + b * C + cols, x, mask)
-        x += (prev - x) * maa
+        x += (prev.to(tl.float32) - x) * maa.to(tl.float32)
         k_at = k_ptr + b * F
         products(x, w, ahead, key_ptr, key_scale_ptr, 0, k_at, begin, stop, F, cols, mask, C, ROWS, "relu squared")
     elif receptance_ptr is not None:
         begin, stop = share(tl.program_id(0) - KEYS, tl.num_programs(0) - KEYS, tl.cdiv(C, ROWS))
-        w, ahead = first_tiles(receptance_ptr, begin, stop, C, cols, mask, C, ROWS)
-        weight, bias = load_vector(weight_ptr, cols, mask), load_vector(bias_ptr, cols, mask)
-        maa, prev = load_vector(maa_r_ptr, cols, mask), load_vector(prev_ptr + b * C, cols, mask)
+        w, ahead = first_tiles(receptance_ptr, begin, stop, C, cols, mask, C, ROWS, AHEAD)
+        weight, bias = load_raw(weight_ptr, cols, mask), load_raw(bias_ptr, cols, mask)
+        maa, prev = load_raw(maa_r_ptr, cols, mask), load_raw(prev_ptr + b * C, cols, mask)
         wait_for_earlier(OVERLAP)
         x = norm_with(x_ptr + b * C, weight, bias, cols, mask, C)
-        x += (prev - x) * maa
+        x += (prev.to(tl.float32) - x) * maa.to(tl.float32)
         r_at = r_ptr + b * C
         products(x, w, ahead, receptance_ptr, receptance_scale_ptr, 0, r_at, begin, stop, C, cols, mask, C, ROWS,
                  "sigmoid")  # fmt: skip
@@ -228,14 +247,14 @@ def value_kernel(k_ptr, r_ptr, w_ptr, scale_ptr, normed_ptr, x_ptr, prev_ptr, pa
 
 @triton.jit
 def head_kernel(x_ptr, weight_ptr, bias_ptr, w_ptr, scale_ptr, out_ptr, V, C: tl.constexpr, BLOCK: tl.constexpr,
-                ROWS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                ROWS: tl.constexpr, AHEAD: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     let_next_begin(OVERLAP)
     b = tl.program_id(1)
     begin, stop = share(tl.program_id(0), tl.num_programs(0), tl.cdiv(V, ROWS))
     cols = tl.arange(0, BLOCK)
     mask = cols < C
-    w, ahead = first_tiles(w_ptr, begin, stop, V, cols, mask, C, ROWS)
-    weight, bias = load_vector(weight_ptr, cols, mask), load_vector(bias_ptr, cols, mask)
+    w, ahead = first_tiles(w_ptr, begin, stop, V, cols, mask, C, ROWS, AHEAD)
+    weight, bias = load_raw(weight_ptr, cols, mask), load_raw(bias_ptr, cols, mask)
     wait_for_earlier(OVERLAP)
     x = norm_with(x_ptr + b * C, weight, bias, cols, mask, C)
     out_at = out_ptr + b.to(tl.int64) * V
@@ -256,7 +275,8 @@ class Rows(NamedTuple):
     @property
     def options(self) -> dict[str, Any]:
         block = triton.next_power_of_2(self.C)
-        sizes = {"C": self.C, "BLOCK": block, "ROWS": self.tuning.tile_rows}
+        ahead = self.tuning.ahead if self.tuning.overlap else 0
+        sizes = {"C": self.C, "BLOCK": block, "ROWS": self.tuning.tile_rows, "AHEAD": ahead}
         return {**sizes, "num_warps": max(1, min(8, block // 512)), **self.tuning.launch}
 
 

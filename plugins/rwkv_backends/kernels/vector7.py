@@ -9,7 +9,7 @@ import triton.language as tl
 from rwkv_layers.linear import Matrix
 from torch import Tensor
 
-from rwkv_backends.kernels.device import let_next_begin, load_vector, norm_with, store, wait_for_earlier
+from rwkv_backends.kernels.device import let_next_begin, load_raw, norm_with, store, wait_for_earlier
 from rwkv_backends.kernels.tuning import Tuning
 from rwkv_backends.kernels.vector import Rows, first_tiles, products, share
 
@@ -20,13 +20,13 @@ def mixed_row(x_ptr, weight, bias, prev, mu, normed_ptr, cols, mask, keep, C: tl
     x = norm_with(x_ptr, weight, bias, cols, mask, C)
     if keep:
         store(normed_ptr + cols, x, mask)
-    return x + (prev - x) * mu
+    return x + (prev.to(tl.float32) - x) * mu.to(tl.float32)
 
 
 @triton.jit
 def rkv_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, mu_ptr, r_ptr, r_scale_ptr, k_ptr, k_scale_ptr, v_ptr,
                v_scale_ptr, down_ptr, which_ptr, normed_ptr, rkv_ptr, low_ptr, B, D, PER, C: tl.constexpr,
-               BLOCK: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+               BLOCK: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     let_next_begin(OVERLAP)
     b = tl.program_id(1)
     part = tl.program_id(0) // PER
@@ -34,8 +34,8 @@ def rkv_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, mu_ptr, r_ptr, r_scale_ptr
     mask = cols < C
     keep = tl.program_id(0) == 0
     x_at, normed_at = x_ptr + b * C, normed_ptr + b * C
-    weight, bias = load_vector(weight_ptr, cols, mask), load_vector(bias_ptr, cols, mask)
-    prev = load_vector(prev_ptr + b * C, cols, mask)
+    weight, bias = load_raw(weight_ptr, cols, mask), load_raw(bias_ptr, cols, mask)
+    prev = load_raw(prev_ptr + b * C, cols, mask)
     if part < 3:
         w_ptr = r_ptr
         scale_ptr = r_scale_ptr
@@ -46,16 +46,16 @@ def rkv_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, mu_ptr, r_ptr, r_scale_ptr
             w_ptr = v_ptr
             scale_ptr = v_scale_ptr
         begin, stop = share(tl.program_id(0) - part * PER, PER, tl.cdiv(C, ROWS))
-        w, ahead = first_tiles(w_ptr, begin, stop, C, cols, mask, C, ROWS)
-        mu = load_vector(mu_ptr + tl.where(part == 0, 0, part + 1) * C, cols, mask)  # of r, w, k, v, a, g
+        w, ahead = first_tiles(w_ptr, begin, stop, C, cols, mask, C, ROWS, AHEAD)
+        mu = load_raw(mu_ptr + tl.where(part == 0, 0, part + 1) * C, cols, mask)  # of r, w, k, v, a, g
         wait_for_earlier(OVERLAP)
         x = mixed_row(x_at, weight, bias, prev, mu, normed_at, cols, mask, keep, C)
         out = rkv_ptr + (part * B + b) * C
         products(x, w, ahead, w_ptr, scale_ptr, 0, out, begin, stop, C, cols, mask, C, ROWS, "")
     else:
         q = tl.program_id(0) - 3 * PER
-        down, down_ahead = first_tiles(down_ptr, q, q + 1, D, cols, mask, C, ROWS)
-        mu = load_vector(mu_ptr + tl.load(which_ptr + q) * C, cols, mask)
+        down, down_ahead = first_tiles(down_ptr, q, q + 1, D, cols, mask, C, ROWS, AHEAD)
+        mu = load_raw(mu_ptr + tl.load(which_ptr + q) * C, cols, mask)
         wait_for_earlier(OVERLAP)
         x = mixed_row(x_at, weight, bias, prev, mu, normed_at, cols, mask, keep, C)
         products(x, down, down_ahead, down_ptr, None, 0, low_ptr + b * D, q, q + 1, D, cols, mask, C, ROWS, "")
