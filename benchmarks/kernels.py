@@ -43,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--length", type=int, action="append", default=[], help="tokens of a prompt; may be repeated")
     parser.add_argument("--sampler", default="nucleus")
     parser.add_argument("--try", dest="tries", action="append", default=[], type=changed, metavar="NAME=VALUE,...")
-    parser.add_argument("--profile", action="store_true", help="each kernel's part; waiting counts where kernels overlap")
+    parser.add_argument(
+        "--profile", action="store_true", help="each kernel's part; waiting counts where kernels overlap"
+    )
     parser.add_argument("--weights", type=Path, metavar="FOLDER", help="keeps the random checkpoints there")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():

@@ -64,7 +64,7 @@ def step_kernel(rkv_ptr, low_ptr, w_ptr, a_ptr, v_ptr, g_ptr, decay_ptr, rate_pt
     part = B * H * N
     at = kv_ptr + (b.to(tl.int64) * H + h) * N * N + n[:, None] * N + n[None, :]
     s = tl.load(at)  # [K, V]
-    w_up, a_up, g_up = load_up(w_ptr, own, RW, WR), load_up(a_ptr, own, RA, AR), load_up(g_ptr, own, RG, GR)
+    w_up, a_up = load_up(w_ptr, own, RW, WR), load_up(a_ptr, own, RA, AR)
     wait_for_earlier(OVERLAP)
     low_at = low_ptr + b * LOW
     raw = tl.load(decay_ptr + own) + adapted(w_up, tanh(load_low(low_at, RW, WR)))
@@ -72,7 +72,7 @@ def step_kernel(rkv_ptr, low_ptr, w_ptr, a_ptr, v_ptr, g_ptr, decay_ptr, rate_pt
     rate = tl.sigmoid(tl.load(rate_ptr + own) + adapted(a_up, load_low(low_at + A_AT, RA, AR)))
     rank = tl.arange(0, GR)
     low = tl.where(rank < RG, tl.sigmoid(load_low(low_at + G_AT, RG, GR)), 0.0)
-    gate = adapted(g_up, low)
+    gate = adapted(load_up(g_ptr, own, RG, GR), low)
     r = tl.load(rkv_ptr + row).to(tl.float32)
     k = tl.load(rkv_ptr + part + row).to(tl.float32)
     v = tl.load(rkv_ptr + 2 * part + row).to(tl.float32)
