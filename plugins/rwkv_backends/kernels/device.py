@@ -26,22 +26,6 @@ def tanh(x):
 
 
 @triton.jit
-def fetch_ahead(ptr, size):
-    """Asks for `size` bytes (a multiple of 16) from `ptr` on to be brought into the L2 cache; the first thread does."""
-    tl.inline_asm_elementwise(
-        """{
-        .reg .pred first;
-        .reg .u32 thread;
-        mov.u32 thread, %tid.x;
-        setp.eq.u32 first, thread, 0;
-        @first cp.async.bulk.prefetch.L2.global [$1], $2;
-        mov.u32 $0, 0;
-        }""",
-        "=r,l,r", [ptr.to(tl.int64), size], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
 def norm_row(x_ptr, weight_ptr, bias_ptr, cols, mask, C: tl.constexpr):
     """Layer norm of the row of C at x_ptr, float32, rounded as the model keeps it: the state holds the same."""
     weight, bias = load_raw(weight_ptr, cols, mask), load_raw(bias_ptr, cols, mask)

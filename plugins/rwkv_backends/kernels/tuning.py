@@ -20,8 +20,6 @@ class Tuning:
     """About how many programs share the rows of a large matrix: four for each multiprocessor."""
     tile_rows: int = 2
     """Rows of a matrix that a program holds at once, each from end to end; it has asked for as many again, twice."""
-    ahead: int = 32768
-    """Bytes of its other rows that each program has brought into the cache while it waits for the kernel ahead."""
     value_rows: int = 32
     """Inputs of the value matrix that a program looks at together; those that are zero are not read."""
     value_cols: int = 128

@@ -16,7 +16,6 @@ from rwkv_layers.linear import Matrix
 from torch import Tensor
 
 from rwkv_backends.kernels.device import (
-    fetch_ahead,
     let_next_begin,
     load_raw,
     load_vector,
@@ -41,18 +40,11 @@ def tile(w_ptr, rows, end, cols, mask, C: tl.constexpr):
 
 
 @triton.jit
-def first_tiles(w_ptr, begin, stop, D, cols, mask, C: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr):
-    """The first two tiles of those from `begin` to `stop` of a matrix of D rows; AHEAD bytes of the others are asked
-    for."""
+def first_tiles(w_ptr, begin, stop, D, cols, mask, C: tl.constexpr, ROWS: tl.constexpr):
+    """The first two tiles of those from `begin` to `stop` of a matrix of D rows."""
     rows = begin * ROWS + tl.arange(0, ROWS)
     end = tl.minimum(stop * ROWS, D)
-    w, ahead = tile(w_ptr, rows, end, cols, mask, C), tile(w_ptr, rows + ROWS, end, cols, mask, C)
-    if AHEAD:
-        others = (begin + 2) * ROWS
-        size = tl.minimum((end - others) * C * (w_ptr.dtype.element_ty.primitive_bitwidth // 8), AHEAD)
-        if size > 0:
-            fetch_ahead(w_ptr + others * C, size)
-    return w, ahead
+    return tile(w_ptr, rows, end, cols, mask, C), tile(w_ptr, rows + ROWS, end, cols, mask, C)
 
 
 @triton.jit
@@ -83,14 +75,14 @@ def products(x, w, ahead, w_ptr, scale_ptr, scale_at, out_ptr, begin, stop, D, c
 
 @triton.jit
 def shift_lora_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_ptr, w_ptr, normed_ptr, dx_ptr, out_ptr,
-                      D, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr,
+                      D, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
                       OVERLAP: tl.constexpr):  # fmt: skip
     let_next_begin(OVERLAP)
     b = tl.program_id(1)
     begin, stop = share(tl.program_id(0), tl.num_programs(0), tl.cdiv(D, ROWS))
     cols = tl.arange(0, BLOCK)
     mask = cols < C
-    w, ahead = first_tiles(w_ptr, begin, stop, D, cols, mask, C, ROWS, AHEAD)
+    w, ahead = first_tiles(w_ptr, begin, stop, D, cols, mask, C, ROWS)
     weight, bias = load_raw(weight_ptr, cols, mask), load_raw(bias_ptr, cols, mask)
     maa, prev = load_raw(maa_ptr, cols, mask), load_raw(prev_ptr + b * C, cols, mask)
     wait_for_earlier(OVERLAP)
@@ -125,7 +117,7 @@ def lerp_kernel(lora_ptr, normed_ptr, dx_ptr, w_ptr, out_ptr, prev_ptr, B, R: tl
 
 @triton.jit
 def kvrg_kernel(mixed_ptr, kvrg_ptr, scale_ptr, low_ptr, kvrg_out, low_out, B, D, PER, C: tl.constexpr,
-                BLOCK: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                BLOCK: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     let_next_begin(OVERLAP)
     b = tl.program_id(1)
     part = tl.program_id(0) // PER  # of k, v, r, g, then the decay's adapter
@@ -134,14 +126,14 @@ def kvrg_kernel(mixed_ptr, kvrg_ptr, scale_ptr, low_ptr, kvrg_out, low_out, B, D
     if part < 4:
         w_ptr = kvrg_ptr + part * C * C
         begin, stop = share(tl.program_id(0) - part * PER, PER, tl.cdiv(C, ROWS))
-        w, ahead = first_tiles(w_ptr, begin, stop, C, cols, mask, C, ROWS, AHEAD)
+        w, ahead = first_tiles(w_ptr, begin, stop, C, cols, mask, C, ROWS)
         wait_for_earlier(OVERLAP)
         x = load_vector(mixed_ptr + ((part + 1) * B + b) * C, cols, mask)
         out_ptr = kvrg_out + (part * B + b) * C
         products(x, w, ahead, w_ptr, scale_ptr, part * C, out_ptr, begin, stop, C, cols, mask, C, ROWS, "")
     else:
         begin, stop = share(tl.program_id(0) - 4 * PER, tl.num_programs(0) - 4 * PER, tl.cdiv(D, ROWS))
-        low, low_ahead = first_tiles(low_ptr, begin, stop, D, cols, mask, C, ROWS, AHEAD)
+        low, low_ahead = first_tiles(low_ptr, begin, stop, D, cols, mask, C, ROWS)
         wait_for_earlier(OVERLAP)
         x = load_vector(mixed_ptr + b * C, cols, mask)
         products(x, low, low_ahead, low_ptr, None, 0, low_out + b * D, begin, stop, D, cols, mask, C, ROWS, "")
@@ -149,13 +141,13 @@ def kvrg_kernel(mixed_ptr, kvrg_ptr, scale_ptr, low_ptr, kvrg_out, low_out, B, D
 
 @triton.jit
 def add_kernel(y_ptr, w_ptr, scale_ptr, x_ptr, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-               AHEAD: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+               OVERLAP: tl.constexpr):  # fmt: skip
     let_next_begin(OVERLAP)
     b = tl.program_id(1)
     begin, stop = share(tl.program_id(0), tl.num_programs(0), tl.cdiv(C, ROWS))
     cols = tl.arange(0, BLOCK)
     mask = cols < C
-    w, ahead = first_tiles(w_ptr, begin, stop, C, cols, mask, C, ROWS, AHEAD)
+    w, ahead = first_tiles(w_ptr, begin, stop, C, cols, mask, C, ROWS)
     wait_for_earlier(OVERLAP)
     y = load_vector(y_ptr + b * C, cols, mask)
     products(y, w, ahead, w_ptr, scale_ptr, 0, x_ptr + b * C, begin, stop, C, cols, mask, C, ROWS, "add")
@@ -164,7 +156,7 @@ def add_kernel(y_ptr, w_ptr, scale_ptr, x_ptr, C: tl.constexpr, BLOCK: tl.conste
 @triton.jit
 def key_receptance_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_k_ptr, maa_r_ptr, key_ptr, key_scale_ptr,
                           receptance_ptr, receptance_scale_ptr, normed_ptr, k_ptr, r_ptr, F, KEYS, C: tl.constexpr,
-                          BLOCK: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr,
+                          BLOCK: tl.constexpr, ROWS: tl.constexpr,
                           OVERLAP: tl.constexpr):  # fmt: skip
     let_next_begin(OVERLAP)
     b = tl.program_id(1)
@@ -172,7 +164,7 @@ def key_receptance_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_k_ptr, maa_
     mask = cols < C
     if tl.program_id(0) < KEYS:
         begin, stop = share(tl.program_id(0), KEYS, tl.cdiv(F, ROWS))
-        w, ahead = first_tiles(key_ptr, begin, stop, F, cols, mask, C, ROWS, AHEAD)
+        w, ahead = first_tiles(key_ptr, begin, stop, F, cols, mask, C, ROWS)
         weight, bias = load_raw(weight_ptr, cols, mask), load_raw(bias_ptr, cols, mask)
         maa, prev = load_raw(maa_k_ptr, cols, mask), load_raw(prev_ptr + b * C, cols, mask)
         wait_for_earlier(OVERLAP)
@@ -184,7 +176,7 @@ def key_receptance_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_k_ptr, maa_
         products(x, w, ahead, key_ptr, key_scale_ptr, 0, k_at, begin, stop, F, cols, mask, C, ROWS, "relu squared")
     elif receptance_ptr is not None:
         begin, stop = share(tl.program_id(0) - KEYS, tl.num_programs(0) - KEYS, tl.cdiv(C, ROWS))
-        w, ahead = first_tiles(receptance_ptr, begin, stop, C, cols, mask, C, ROWS, AHEAD)
+        w, ahead = first_tiles(receptance_ptr, begin, stop, C, cols, mask, C, ROWS)
         weight, bias = load_raw(weight_ptr, cols, mask), load_raw(bias_ptr, cols, mask)
         maa, prev = load_raw(maa_r_ptr, cols, mask), load_raw(prev_ptr + b * C, cols, mask)
         wait_for_earlier(OVERLAP)
@@ -196,16 +188,19 @@ def key_receptance_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_k_ptr, maa_
 
 
 @triton.jit
-def value_tile(w_ptr, k, rows, cols, mask, C: tl.constexpr):
-    """A load that is masked out costs no traffic: rows of [F, C] whose input is zero are skipped, losslessly."""
-    return tl.load(w_ptr + rows[:, None] * C + cols[None, :], mask=(k != 0.0)[:, None] & mask[None, :], other=0.0)
+def value_tile(w_ptr, rows, wanted, cols, mask, C: tl.constexpr):
+    """A load that is masked out costs no traffic: rows of [F, C] that are not wanted are skipped."""
+    return tl.load(w_ptr + rows[:, None] * C + cols[None, :], mask=wanted[:, None] & mask[None, :], other=0.0)
 
 
 @triton.jit
 def value_kernel(k_ptr, r_ptr, w_ptr, scale_ptr, normed_ptr, x_ptr, prev_ptr, parts_ptr, arrived_ptr, scale, SPLITS,
                  C: tl.constexpr, F: tl.constexpr, TALL: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr,
                  OVERLAP: tl.constexpr):  # fmt: skip
-    """Programs that share columns each add up some of the rows; the one that comes last adds up what they have."""
+    """Programs that share columns each add up some of the rows; the one that comes last adds up what they have.
+
+    Rows whose input is zero are skipped, losslessly; where kernels overlap, not those read before it is known.
+    """
     let_next_begin(OVERLAP)
     block, split, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     B = tl.num_programs(2)
@@ -214,19 +209,26 @@ def value_kernel(k_ptr, r_ptr, w_ptr, scale_ptr, normed_ptr, x_ptr, prev_ptr, pa
     begin, stop = share(split, SPLITS, tl.cdiv(F, TALL))
     end = tl.minimum(stop * TALL, F)
     rows = begin * TALL + tl.arange(0, TALL)
+    k_ptr += b * F
+    if OVERLAP:
+        w = value_tile(w_ptr, rows, rows < end, cols, mask, C)
+        ahead = value_tile(w_ptr, rows + TALL, rows + TALL < end, cols, mask, C)
     wait_for_earlier(OVERLAP)
-    k = load_vector(k_ptr + b * F, rows, rows < end)
-    k_ahead = load_vector(k_ptr + b * F, rows + TALL, rows + TALL < end)
-    w = value_tile(w_ptr, k, rows, cols, mask, C)
+    k, k_ahead = load_vector(k_ptr, rows, rows < end), load_vector(k_ptr, rows + TALL, rows + TALL < end)
+    k_later = load_vector(k_ptr, rows + 2 * TALL, rows + 2 * TALL < end)
+    if not OVERLAP:
+        w = value_tile(w_ptr, rows, k != 0.0, cols, mask, C)
+        ahead = value_tile(w_ptr, rows + TALL, k_ahead != 0.0, cols, mask, C)
     total = tl.zeros((TALL, COLS), tl.float32)
     for _ in range(begin, stop):
+        later = value_tile(w_ptr, rows + 2 * TALL, k_later != 0.0, cols, mask, C)
         rows += TALL
-        ahead = value_tile(w_ptr, k_ahead, rows, cols, mask, C)
-        k_later = load_vector(k_ptr + b * F, rows + TALL, rows + TALL < end)
         total += w.to(tl.float32) * k[:, None]
         w = ahead
+        ahead = later
         k = k_ahead
         k_ahead = k_later
+        k_later = load_vector(k_ptr, rows + 2 * TALL, rows + 2 * TALL < end)
     tl.store(parts_ptr + (split * B + b) * C + cols, tl.sum(total, 0), mask=mask)
     tl.debug_barrier()  # all of it is written before the arrival is counted
     arrived = arrived_ptr + b * tl.num_programs(0) + block
@@ -247,13 +249,13 @@ def value_kernel(k_ptr, r_ptr, w_ptr, scale_ptr, normed_ptr, x_ptr, prev_ptr, pa
 
 @triton.jit
 def head_kernel(x_ptr, weight_ptr, bias_ptr, w_ptr, scale_ptr, out_ptr, V, C: tl.constexpr, BLOCK: tl.constexpr,
-                ROWS: tl.constexpr, AHEAD: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                ROWS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     let_next_begin(OVERLAP)
     b = tl.program_id(1)
     begin, stop = share(tl.program_id(0), tl.num_programs(0), tl.cdiv(V, ROWS))
     cols = tl.arange(0, BLOCK)
     mask = cols < C
-    w, ahead = first_tiles(w_ptr, begin, stop, V, cols, mask, C, ROWS, AHEAD)
+    w, ahead = first_tiles(w_ptr, begin, stop, V, cols, mask, C, ROWS)
     weight, bias = load_raw(weight_ptr, cols, mask), load_raw(bias_ptr, cols, mask)
     wait_for_earlier(OVERLAP)
     x = norm_with(x_ptr + b * C, weight, bias, cols, mask, C)
@@ -275,8 +277,7 @@ class Rows(NamedTuple):
     @property
     def options(self) -> dict[str, Any]:
         block = triton.next_power_of_2(self.C)
-        ahead = self.tuning.ahead if self.tuning.overlap else 0
-        sizes = {"C": self.C, "BLOCK": block, "ROWS": self.tuning.tile_rows, "AHEAD": ahead}
+        sizes = {"C": self.C, "BLOCK": block, "ROWS": self.tuning.tile_rows}
         return {**sizes, "num_warps": max(1, min(8, block // 512)), **self.tuning.launch}
 
 

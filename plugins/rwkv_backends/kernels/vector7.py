@@ -26,7 +26,7 @@ def mixed_row(x_ptr, weight, bias, prev, mu, normed_ptr, cols, mask, keep, C: tl
 @triton.jit
 def rkv_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, mu_ptr, r_ptr, r_scale_ptr, k_ptr, k_scale_ptr, v_ptr,
                v_scale_ptr, down_ptr, which_ptr, normed_ptr, rkv_ptr, low_ptr, B, D, PER, C: tl.constexpr,
-               BLOCK: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+               BLOCK: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     let_next_begin(OVERLAP)
     b = tl.program_id(1)
     part = tl.program_id(0) // PER
@@ -46,7 +46,7 @@ def rkv_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, mu_ptr, r_ptr, r_scale_ptr
             w_ptr = v_ptr
             scale_ptr = v_scale_ptr
         begin, stop = share(tl.program_id(0) - part * PER, PER, tl.cdiv(C, ROWS))
-        w, ahead = first_tiles(w_ptr, begin, stop, C, cols, mask, C, ROWS, AHEAD)
+        w, ahead = first_tiles(w_ptr, begin, stop, C, cols, mask, C, ROWS)
         mu = load_raw(mu_ptr + tl.where(part == 0, 0, part + 1) * C, cols, mask)  # of r, w, k, v, a, g
         wait_for_earlier(OVERLAP)
         x = mixed_row(x_at, weight, bias, prev, mu, normed_at, cols, mask, keep, C)
@@ -54,7 +54,7 @@ def rkv_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, mu_ptr, r_ptr, r_scale_ptr
         products(x, w, ahead, w_ptr, scale_ptr, 0, out, begin, stop, C, cols, mask, C, ROWS, "")
     else:
         q = tl.program_id(0) - 3 * PER
-        down, down_ahead = first_tiles(down_ptr, q, q + 1, D, cols, mask, C, ROWS, AHEAD)
+        down, down_ahead = first_tiles(down_ptr, q, q + 1, D, cols, mask, C, ROWS)
         mu = load_raw(mu_ptr + tl.load(which_ptr + q) * C, cols, mask)
         wait_for_earlier(OVERLAP)
         x = mixed_row(x_at, weight, bias, prev, mu, normed_at, cols, mask, keep, C)
