@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class Tuning:
@@ -16,6 +18,9 @@ class Tuning:
     overlap: bool = True
     """Whether a kernel of a decode step starts, and asks for its first weights, while the one before it still runs
     (programmatic dependent launch); the backend turns it off where the GPU cannot."""
+    registers: int = 96
+    """Registers that a thread of the largest kernel may have where weights have 16 bits or fewer: programs of the next
+    one fit in beside it. 0: as many as it likes."""
     programs: int = 528
     """About how many programs share the rows of a large matrix: four for each multiprocessor."""
     tile_rows: int = 2
@@ -37,6 +42,11 @@ class Tuning:
     def launch(self) -> dict[str, Any]:
         """Options of every kernel of a decode step."""
         return {"OVERLAP": True, "launch_pdl": True} if self.overlap else {"OVERLAP": False}
+
+    def room_for_next(self, weight: Tensor) -> dict[str, int]:
+        """More options, of a kernel that would fill the multiprocessors."""
+        bounded = self.overlap and self.registers and weight.element_size() <= 2
+        return {"maxnreg": self.registers} if bounded else {}
 
     def lerp_tile(self, M: int, C: int, width: int) -> tuple[int, int]:
         """Tokens and channels of a program that multiplies by an adapter of numbers of `width` bytes.

@@ -333,7 +333,8 @@ def key_receptance(
     rows = Rows(C, F + C, tuning)
     keys = rows.programs(F)
     grid = (keys + rows.programs(C), B)
-    key_receptance_kernel[grid](x, prev, *norm, *maa, *key, *receptance, normed, k, r, F, keys, **rows.options)
+    options = {**rows.options, **tuning.room_for_next(key.weight)}
+    key_receptance_kernel[grid](x, prev, *norm, *maa, *key, *receptance, normed, k, r, F, keys, **options)
     return normed, k, r
 
 
@@ -346,7 +347,8 @@ def key_alone(
     rows = Rows(C, F, tuning)
     keys = rows.programs(F)
     none = (None, None)
-    key_receptance_kernel[keys, B](x, prev, *norm, maa, None, *key, *none, normed, k, None, F, keys, **rows.options)
+    options = {**rows.options, **tuning.room_for_next(key.weight)}
+    key_receptance_kernel[keys, B](x, prev, *norm, maa, None, *key, *none, normed, k, None, F, keys, **options)
     return normed, k
 
 
