@@ -16,7 +16,7 @@ from helpers import CPU, built, controls_of, tiny_config
 from rwkv_backends import fused
 from rwkv_backends.fused import FAMILIES, PREFILLS, Fused
 from rwkv_backends.kernels.tuning import Tuning
-from rwkv_samplers.nucleus import Nucleus
+from rwkv_samplers.nucleus import Nucleus, Packed
 
 from rwkv_runtime.checkpoint import build_model
 from rwkv_runtime.model import Architecture, Model
@@ -77,13 +77,14 @@ def test_every_kernel_compiles_for_hopper_and_spills_nothing(
 
 @needs_triton
 @needs_compiler
-def test_the_kernels_of_nucleus_compile_for_hopper_and_spill_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("V", [260, 65536])
+def test_the_kernels_of_nucleus_compile_for_hopper_and_spill_nothing(V: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from rwkv_samplers.kernels import nucleus
     from sm90 import compiled_by
 
-    logits = torch.zeros(3, 65536)
-    controls = controls_of(Nucleus(), 3, 65536)
-    kernels = compiled_by(lambda: nucleus.sample(logits, controls, 2.0**29), monkeypatch)
+    logits = torch.zeros(3, V)
+    controls = controls_of(Nucleus(), 3, V)
+    kernels = compiled_by(lambda: nucleus.sample(logits, controls, *Packed.of(V)), monkeypatch)
     assert {kernel.name: kernel.spilled for kernel in kernels} == {"_best": 0, "_perturb": 0, "_draw": 0}
 
 

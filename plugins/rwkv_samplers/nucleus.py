@@ -50,7 +50,7 @@ class Nucleus(Sampler):
 
     def sample(self, logits: Tensor, controls: Controls) -> Tensor:
         if logits.is_cuda and (kernels := _kernels()):
-            drawn: Tensor = kernels.sample(logits, controls, Packed.of(logits.shape[-1]).unit)
+            drawn: Tensor = kernels.sample(logits, controls, *Packed.of(logits.shape[-1]))
             return drawn
         return super().sample(logits, controls)
 

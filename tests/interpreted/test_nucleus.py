@@ -23,7 +23,7 @@ def both(logits: Tensor, **params: list[float]) -> tuple[list[int], list[int]]:
     controls.seed.copy_(torch.randint(-(1 << 62), 1 << 62, (B, 1), generator=generator))
     controls.position.copy_(torch.randint(1 << 40, (B, 1), generator=generator))
     plain = Controls.draw(controls, Nucleus().filter(logits, controls))
-    return plain.tolist(), kernels.sample(logits, controls, Packed.of(V).unit).tolist()
+    return plain.tolist(), kernels.sample(logits, controls, *Packed.of(V)).tolist()
 
 
 @pytest.mark.parametrize("V", [1, 7, 257, 4096, 9000])
