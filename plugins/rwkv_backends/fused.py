@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rwkv_backends.graphs import Graphs
 from rwkv_backends.kernels.tuning import Tuning
-from rwkv_runtime import Backend, Forward, Model, Tick, hookimpl
+from rwkv_runtime import Backend, Forward, Model, Outcome, Tick, hookimpl
 
 FAMILIES = {name: f"rwkv_backends.kernels.{name}" for name in ("rwkv6", "rwkv7")}
 """The modules that have `forward(model, tuning)` for the architecture of that name."""
@@ -66,6 +66,14 @@ class Fused(Backend):
 
     def freeze(self, tick: Tick, buffers: Sequence[Tensor]) -> Tick:
         return self._graphs.capture(tick, buffers) if buffers[0].is_cuda else tick
+
+    def settle(self, token: Tensor, logits: Tensor, refused: bool, outcome: Outcome) -> Tensor:
+        ours = (outcome.drawn.is_cuda and token.is_cuda) or interpreted()
+        if not ours or token.dtype != torch.int64 or token.shape != outcome.drawn.shape:
+            return super().settle(token, logits, refused, outcome)  # a sampler on the host, or one to be complained of
+        from rwkv_backends.kernels import settle
+
+        return settle.settle(token, logits, refused, outcome)
 
 
 def interpreted() -> bool:

@@ -28,6 +28,7 @@ class Nucleus(Sampler):
         "top_k": Param(0, 0, 1 << 31, "how many of the likeliest tokens are kept", off=0),
     }
     runs = "graph"
+    refuses = True
 
     def filter(self, logits: Tensor, controls: Controls) -> Tensor:
         temperature, top_p, top_k = controls["temperature"], controls["top_p"], controls["top_k"]

@@ -168,7 +168,7 @@ def _after_cut(above, target, count, BITS: tl.constexpr):
 def _weigh(
     logits, noisy, block, floor, top, unit, V, BITS: tl.constexpr, NARROW: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Of each token of a block: its weight if z > floor, and if z == floor; its noisy score if z > floor, and its id."""
+    """Of each token of a block its weight, if z > floor and if z == floor, its noisy score, if z > floor, and its id."""
     ids = block * BLOCK + tl.arange(0, BLOCK)
     z = tl.load(logits + ids, mask=ids < V, other=-float("inf"))
     score = tl.load(noisy + ids, mask=ids < V, other=-float("inf"))
@@ -190,7 +190,7 @@ def _sweep(
     tied = tl.zeros((BLOCK,), tl.int64)
     score = tl.full((BLOCK,), -float("inf"), tl.float32)
     where = tl.full((BLOCK,), 0, tl.int32) + V
-    for block in range(0, blocks):
+    for block in range(blocks):
         if tl.load(best + block) >= floor:
             a, t, s, ids = _weigh(logits, noisy, block, floor, top, unit, V, BITS, NARROW, BLOCK)
             above += a
