@@ -6,9 +6,9 @@ candidate is kept, and the noisiest of those is the next one. A candidate that i
 likelier, which leaves a share of the mass that is uniform in (0, 1): one to three candidates are usual, some ten for a
 hostile row.
 
-A row is in blocks, a program each, so that one row keeps many multiprocessors busy. The first candidate is weighed by
-all of its row's programs that have a token as likely; the last of them to be done adds up what they found, and tries
-the others. Masses are whole numbers: sums are the same in whichever order the programs finish.
+The blocks of a row are shared by as many programs as it takes to keep a GPU busy: each weighs the first candidate
+against its own, and the last of them to be done adds up what they found and tries the others. A block without a token
+as likely as the candidate is not read. Masses are whole numbers, so that sums are the same in any order.
 """
 
 from __future__ import annotations
@@ -22,8 +22,12 @@ from rwkv_runtime import Controls
 
 BLOCK = 2048
 WARPS = 8
+PROGRAMS = 264
+"""That draw at once: two for each multiprocessor of an H100."""
 NARROW = 2.0**30
 """Up to this unit a mass fits into an int32, to which a GPU converts four times as fast."""
+REACH = tl.constexpr(25.5)
+"""More than two tokens' noise is ever apart: it is between -2.9 and 22.2."""
 
 
 def sample(logits: Tensor, controls: Controls, unit: float, bits: int) -> Tensor:
@@ -34,22 +38,23 @@ def sample(logits: Tensor, controls: Controls, unit: float, bits: int) -> Tensor
     """
     B, V = logits.shape
     blocks = triton.cdiv(V, BLOCK)
-    grid, wide = (B, blocks), triton.next_power_of_2(blocks)
+    programs = min(blocks, max(1, PROGRAMS // B))
     best = torch.empty((B, blocks), dtype=torch.float32, device=logits.device)
     noisy = torch.empty((B, V), dtype=torch.float32, device=logits.device)
-    found = torch.empty((5, B, blocks), dtype=torch.int64, device=logits.device)
+    found = torch.empty((2, B, blocks), dtype=torch.int64, device=logits.device)
+    weighed = torch.empty((3, B, programs), dtype=torch.int64, device=logits.device)
     done = torch.empty(B, dtype=torch.int32, device=logits.device)
     drawn = torch.empty(B, dtype=torch.int64, device=logits.device)
     temperature, top_p, top_k = controls["temperature"], controls["top_p"], controls["top_k"]
-    stride, narrow = logits.stride(0), unit <= NARROW
-    _best[grid](logits, best, done, stride, V, blocks, BLOCK, num_warps=WARPS)
-    _perturb[grid](
-        logits, best, noisy, *found[:2], temperature, top_p, controls.seed, controls.position,
+    stride, narrow, wide = logits.stride(0), unit <= NARROW, triton.next_power_of_2(blocks)
+    _best[B, blocks](logits, best, done, stride, V, blocks, BLOCK, num_warps=WARPS)
+    _perturb[B, blocks](
+        logits, best, noisy, *found, temperature, top_p, controls.seed, controls.position,
         stride, unit, V, blocks, bits, narrow, wide, BLOCK, num_warps=WARPS,
     )  # fmt: skip
-    _draw[grid](
-        logits, best, noisy, *found, done, drawn, temperature, top_p, top_k, controls.seed, controls.position,
-        stride, unit, V, blocks, bits, narrow, wide, BLOCK, num_warps=WARPS,
+    _draw[B, programs](
+        logits, best, noisy, *found, *weighed, done, drawn, temperature, top_p, top_k, controls.seed, controls.position,
+        stride, unit, V, blocks, programs, bits, narrow, wide, BLOCK, num_warps=WARPS,
     )  # fmt: skip
     return drawn
 
@@ -70,76 +75,85 @@ def _perturb(
     logits, best, noisy, mass, noisiest, temperature, top_p, seed, position,
     stride, unit, V, blocks, BITS: tl.constexpr, NARROW: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The noisy scores (z - z_max) / T + g, where the row is greedy without noise; each block's mass and noisiest."""
+    """The noisy scores (z - z_max) / T + g, where the row is greedy without noise; each block's mass and noisiest.
+
+    A block that no noise lifts to the best token's score is left out: all candidates are likelier than its tokens.
+    """
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     ids = block * BLOCK + tl.arange(0, BLOCK)
     z = tl.load(logits + row * stride + ids, mask=ids < V, other=-float("inf"))
     top = tl.max(_of_row(best, row, blocks, -float("inf"), WIDE), axis=0)
-    greedy, divisor = _heat(temperature, top_p, row)
-    first, second = _keys(tl.load(seed + row), tl.load(position + row))
-    noise = tl.where(greedy, 0.0, _gumbel(ids, first, second))
-    score = (z - top) / divisor + noise
-    tl.store(noisy + row * V + ids, score, mask=ids < V)
+    here = row * blocks + block
     weight = tl.where(ids < V, _weight(z, top, unit, BITS, NARROW), 0)
-    tl.store(mass + row * blocks + block, tl.sum(weight, axis=0))
-    score = tl.where(ids < V, score, -float("inf"))
-    tl.store(noisiest + row * blocks + block, _highest(score, ids, V))
+    tl.store(mass + here, tl.sum(weight, axis=0))
+    greedy, divisor = _heat(temperature, top_p, row)
+    noisiest_here = tl.full((), -1, tl.int64)
+    if (tl.load(best + here) - top) / divisor >= tl.where(greedy, 0.0, -REACH):
+        first, second = _keys(tl.load(seed + row), tl.load(position + row))
+        score = (z - top) / divisor
+        if greedy == 0:
+            score += _gumbel(ids, first, second)
+        tl.store(noisy + row * V + ids, score, mask=ids < V)
+        noisiest_here = _highest(tl.where(ids < V, score, -float("inf")), ids, V)
+    tl.store(noisiest + here, noisiest_here)
 
 
 @triton.jit
 def _draw(
     logits, best, noisy, mass, noisiest, above, tied, likelier, done, drawn, temperature, top_p, top_k, seed, position,
-    stride, unit, V, blocks, BITS: tl.constexpr, NARROW: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    stride, unit, V, blocks, PROGRAMS: tl.constexpr,
+    BITS: tl.constexpr, NARROW: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Weighs the first candidate, a block each; the last program of a row decides, and stores the token."""
-    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """Weighs the first candidate, by the blocks of each program; the last of a row decides, and stores the token."""
+    row, program = tl.program_id(0).to(tl.int64), tl.program_id(1)
     logits += row * stride
     noisy += row * V
-    maxima = _of_row(best, row, blocks, -float("inf"), WIDE)
-    top = tl.max(maxima, axis=0)
+    top = tl.max(_of_row(best, row, blocks, -float("inf"), WIDE), axis=0)
+    best += row * blocks
     if (top == float("inf")) | (top == -float("inf")):
-        tl.store(drawn + row, -1, mask=block == 0)
+        tl.store(drawn + row, -1, mask=program == 0)
     else:
-        candidate = _id(tl.max(_of_row(noisiest, row, blocks, -1, WIDE), axis=0))
-        z = tl.load(logits + candidate)
-        here = row * blocks + block
-        if tl.load(best + here) >= z:
-            a, t, score, where = _weigh(logits, noisy, block, z, top, unit, V, BITS, NARROW, BLOCK)
-            tl.store(above + here, tl.sum(a, axis=0))
-            tl.store(tied + here, tl.sum(t, axis=0))
-            tl.store(likelier + here, _highest(score, where, V))
-            before = tl.atomic_add(done + row, 1, sem="acq_rel")
-            if before == tl.sum((maxima >= z).to(tl.int32), axis=0) - 1:
-                total = tl.sum(_of_row(mass, row, blocks, 0, WIDE), axis=0) >> BITS
-                token = _decide(
-                    logits, noisy, best, above, tied, likelier, temperature, top_p, top_k, seed, position,
-                    row, candidate, total, maxima, top, unit, V, blocks, BITS, NARROW, WIDE, BLOCK,
-                )  # fmt: skip
-                tl.store(drawn + row, token.to(tl.int64))
+        token = _id(tl.max(_of_row(noisiest, row, blocks, -1, WIDE), axis=0))
+        z = tl.load(logits + token)
+        a, t, noisier = _sweep(
+            logits, noisy, best, z, top, unit, V, program, blocks, PROGRAMS, BITS, NARROW, BLOCK
+        )  # fmt: skip
+        last = True
+        if PROGRAMS > 1:
+            here = row * PROGRAMS + program
+            tl.store(above + here, a)
+            tl.store(tied + here, t)
+            tl.store(likelier + here, noisier)
+            last = tl.atomic_add(done + row, 1, sem="acq_rel") == PROGRAMS - 1
+        if last:
+            if PROGRAMS > 1:
+                a = tl.sum(_of_row(above, row, PROGRAMS, 0, WIDE), axis=0)
+                t = tl.sum(_of_row(tied, row, PROGRAMS, 0, WIDE), axis=0)
+                noisier = tl.max(_of_row(likelier, row, PROGRAMS, -1, WIDE), axis=0)
+            total = tl.sum(_of_row(mass, row, blocks, 0, WIDE), axis=0) >> BITS
+            token = _decide(
+                logits, noisy, best, temperature, top_p, top_k, seed, position,
+                row, token, z, a, t, noisier, total, top, unit, V, blocks, BITS, NARROW, BLOCK,
+            )  # fmt: skip
+            tl.store(drawn + row, token.to(tl.int64))
 
 
 @triton.jit
 def _decide(
-    logits, noisy, best, above, tied, likelier, temperature, top_p, top_k, seed, position,
-    row, token, total, maxima, top, unit, V, blocks,
-    BITS: tl.constexpr, NARROW: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    logits, noisy, best, temperature, top_p, top_k, seed, position,
+    row, token, z, a, t, noisier, total, top, unit, V, blocks,
+    BITS: tl.constexpr, NARROW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The token that is drawn, once its row's programs have weighed the first candidate."""
+    """The token that is drawn, given the first candidate and, as `_sweep` has them, the tokens likelier than it."""
     greedy, divisor = _heat(temperature, top_p, row)
     share, k = tl.load(top_p + row), tl.load(top_k + row)
     count = tl.where(greedy, 1, tl.where(k > 0, k, V + 1)).to(tl.int64)
     wanted = tl.minimum(tl.maximum(tl.ceil(total.to(tl.float64) * share.to(tl.float64)).to(tl.int64), 1), total)
     target = tl.where(share < 1.0, wanted, total + 1)
-
-    z = tl.load(logits + token)
-    weighed = maxima >= z  # the other programs left nothing
-    a = tl.sum(tl.where(weighed, _of_row(above, row, blocks, 0, WIDE), 0), axis=0)
-    t = tl.sum(tl.where(weighed, _of_row(tied, row, blocks, 0, WIDE), 0), axis=0)
-    noisier = tl.max(tl.where(weighed, _of_row(likelier, row, blocks, -1, WIDE), -1), axis=0)
     while _after_cut(a, target, count, BITS):
         token = _id(noisier)
         z = tl.load(logits + token)
-        a, t, noisier = _sweep(logits, noisy, best + row * blocks, z, top, unit, V, blocks, BITS, NARROW, BLOCK)
+        a, t, noisier = _sweep(logits, noisy, best, z, top, unit, V, 0, blocks, 1, BITS, NARROW, BLOCK)
     if ((a + t) >> BITS >= target) | (_number(a + t, BITS) >= count):
         # At the cut: the tied tokens share what is left, and compete with the likelier ones as the lesser.
         n_tied = _number(t, BITS)
@@ -165,37 +179,28 @@ def _after_cut(above, target, count, BITS: tl.constexpr):
 
 
 @triton.jit
-def _weigh(
-    logits, noisy, block, floor, top, unit, V, BITS: tl.constexpr, NARROW: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """Of each token of a block its weight, if z > floor and if z == floor, its noisy score, if z > floor, and its id."""
-    ids = block * BLOCK + tl.arange(0, BLOCK)
-    z = tl.load(logits + ids, mask=ids < V, other=-float("inf"))
-    score = tl.load(noisy + ids, mask=ids < V, other=-float("inf"))
-    weight = _weight(z, top, unit, BITS, NARROW)
-    inside = (ids < V) & (z > floor)
-    equal = (ids < V) & (z == floor)
-    return tl.where(inside, weight, 0), tl.where(equal, weight, 0), tl.where(inside, score, -float("inf")), ids
-
-
-@triton.jit
 def _sweep(
-    logits, noisy, best, floor, top, unit, V, blocks, BITS: tl.constexpr, NARROW: tl.constexpr, BLOCK: tl.constexpr
+    logits, noisy, best, floor, top, unit, V, first, blocks, STEP: tl.constexpr,
+    BITS: tl.constexpr, NARROW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Weights of the tokens with z > floor, of those with z == floor, and the noisiest of the former.
 
-    One program goes over all blocks that have such tokens.
+    Of the blocks first, first + STEP, ...; those without such tokens are passed over.
     """
     above = tl.zeros((BLOCK,), tl.int64)
     tied = tl.zeros((BLOCK,), tl.int64)
     score = tl.full((BLOCK,), -float("inf"), tl.float32)
     where = tl.full((BLOCK,), 0, tl.int32) + V
-    for block in range(blocks):
+    for block in range(first, blocks, STEP):
         if tl.load(best + block) >= floor:
-            a, t, s, ids = _weigh(logits, noisy, block, floor, top, unit, V, BITS, NARROW, BLOCK)
-            above += a
-            tied += t
-            better = s > score
+            ids = block * BLOCK + tl.arange(0, BLOCK)
+            z = tl.load(logits + ids, mask=ids < V, other=-float("inf"))
+            s = tl.load(noisy + ids, mask=ids < V, other=-float("inf"))
+            weight = _weight(z, top, unit, BITS, NARROW)
+            inside = (ids < V) & (z > floor)
+            above += tl.where(inside, weight, 0)
+            tied += tl.where((ids < V) & (z == floor), weight, 0)
+            better = inside & (s > score)
             score = tl.where(better, s, score)
             where = tl.where(better, ids, where)
     return tl.sum(above, axis=0), tl.sum(tied, axis=0), _highest(score, where, V)
