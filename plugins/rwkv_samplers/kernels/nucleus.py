@@ -98,10 +98,10 @@ def _perturb(
     tl.store(noisiest + here, noisiest_here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def _draw(
     logits, best, noisy, mass, noisiest, above, tied, likelier, done, drawn, temperature, top_p, top_k, seed, position,
-    stride, unit, V, blocks, PROGRAMS: tl.constexpr,
+    stride, unit, V, blocks, programs,
     BITS: tl.constexpr, NARROW: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Weighs the first candidate, by the blocks of each program; the last of a row decides, and stores the token."""
@@ -116,20 +116,16 @@ def _draw(
         token = _id(tl.max(_of_row(noisiest, row, blocks, -1, WIDE), axis=0))
         z = tl.load(logits + token)
         a, t, noisier = _sweep(
-            logits, noisy, best, z, top, unit, V, program, blocks, PROGRAMS, BITS, NARROW, BLOCK
+            logits, noisy, best, z, top, unit, V, program, blocks, programs, BITS, NARROW, BLOCK
         )  # fmt: skip
-        last = True
-        if PROGRAMS > 1:
-            here = row * PROGRAMS + program
-            tl.store(above + here, a)
-            tl.store(tied + here, t)
-            tl.store(likelier + here, noisier)
-            last = tl.atomic_add(done + row, 1, sem="acq_rel") == PROGRAMS - 1
-        if last:
-            if PROGRAMS > 1:
-                a = tl.sum(_of_row(above, row, PROGRAMS, 0, WIDE), axis=0)
-                t = tl.sum(_of_row(tied, row, PROGRAMS, 0, WIDE), axis=0)
-                noisier = tl.max(_of_row(likelier, row, PROGRAMS, -1, WIDE), axis=0)
+        here = row * programs + program
+        tl.store(above + here, a)
+        tl.store(tied + here, t)
+        tl.store(likelier + here, noisier)
+        if tl.atomic_add(done + row, 1, sem="acq_rel") == programs - 1:
+            a = tl.sum(_of_row(above, row, programs, 0, WIDE), axis=0)
+            t = tl.sum(_of_row(tied, row, programs, 0, WIDE), axis=0)
+            noisier = tl.max(_of_row(likelier, row, programs, -1, WIDE), axis=0)
             total = tl.sum(_of_row(mass, row, blocks, 0, WIDE), axis=0) >> BITS
             token = _decide(
                 logits, noisy, best, temperature, top_p, top_k, seed, position,
@@ -180,18 +176,18 @@ def _after_cut(above, target, count, BITS: tl.constexpr):
 
 @triton.jit
 def _sweep(
-    logits, noisy, best, floor, top, unit, V, first, blocks, STEP: tl.constexpr,
+    logits, noisy, best, floor, top, unit, V, first, blocks, step,
     BITS: tl.constexpr, NARROW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Weights of the tokens with z > floor, of those with z == floor, and the noisiest of the former.
 
-    Of the blocks first, first + STEP, ...; those without such tokens are passed over.
+    Of the blocks first, first + step, ...; those without such tokens are passed over.
     """
     above = tl.zeros((BLOCK,), tl.int64)
     tied = tl.zeros((BLOCK,), tl.int64)
     score = tl.full((BLOCK,), -float("inf"), tl.float32)
     where = tl.full((BLOCK,), 0, tl.int32) + V
-    for block in range(first, blocks, STEP):
+    for block in range(first, blocks, step):
         if tl.load(best + block) >= floor:
             ids = block * BLOCK + tl.arange(0, BLOCK)
             z = tl.load(logits + ids, mask=ids < V, other=-float("inf"))
@@ -228,7 +224,7 @@ def _noisiest_tie(logits, noisy, tie, left, V, BLOCK: tl.constexpr):
 
 @triton.jit
 def _of_row(values, row, blocks, other, WIDE: tl.constexpr):
-    """What the blocks of a row have left."""
+    """What the blocks of a row, or its programs, have left."""
     places = tl.arange(0, WIDE)
     return tl.load(values + row * blocks + places, mask=places < blocks, other=other)
 
