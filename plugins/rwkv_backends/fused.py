@@ -61,7 +61,10 @@ class Fused(Backend):
         forward = family(model, self.tuning)
         if model.device.type == "cuda":
             for length in PREFILLS:  # compiles now, so that a failure shows here; decode steps are compiled by `freeze`
-                forward(torch.zeros(1, length, dtype=torch.int64, device=model.device), model.new_state())
+                logits = forward(torch.zeros(1, length, dtype=torch.int64, device=model.device), model.new_state())
+            drawn, *others = (torch.zeros(1, dtype=torch.int64, device=model.device) for _ in range(4))
+            for refused in (False, True):  # not every sampler is part of the step that is frozen
+                self.settle(drawn, logits, refused, Outcome(drawn, *others))
         return forward
 
     def freeze(self, tick: Tick, buffers: Sequence[Tensor]) -> Tick:
