@@ -16,8 +16,9 @@ from helpers import CPU, built, controls_of, tiny_config
 from rwkv_backends import fused
 from rwkv_backends.fused import FAMILIES, PREFILLS, Fused
 from rwkv_backends.kernels.tuning import Tuning
-from rwkv_samplers.nucleus import Nucleus
+from rwkv_samplers.nucleus import Nucleus, Packed
 
+from rwkv_runtime.backend import Outcome
 from rwkv_runtime.checkpoint import build_model
 from rwkv_runtime.model import Architecture, Model
 from rwkv_runtime.plugins import Plugins
@@ -77,14 +78,29 @@ def test_every_kernel_compiles_for_hopper_and_spills_nothing(
 
 @needs_triton
 @needs_compiler
-def test_the_kernels_of_nucleus_compile_for_hopper_and_spill_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("V", [260, 65536])
+def test_the_kernels_of_nucleus_compile_for_hopper_and_spill_nothing(V: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from rwkv_samplers.kernels import nucleus
     from sm90 import compiled_by
 
-    logits = torch.zeros(3, 65536)
-    controls = controls_of(Nucleus(), 3, 65536)
-    kernels = compiled_by(lambda: nucleus.sample(logits, controls, 2.0**29), monkeypatch)
+    logits = torch.zeros(3, V)
+    controls = controls_of(Nucleus(), 3, V)
+    kernels = compiled_by(lambda: nucleus.sample(logits, controls, *Packed.of(V)), monkeypatch)
     assert {kernel.name: kernel.spilled for kernel in kernels} == {"_best": 0, "_perturb": 0, "_draw": 0}
+
+
+@needs_triton
+@needs_compiler
+@pytest.mark.parametrize("refused", [False, True])
+def test_the_kernel_that_ends_a_draw_compiles_for_hopper_and_spills_nothing(
+    refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rwkv_backends.kernels.settle import settle
+    from sm90 import compiled_by
+
+    rows = [torch.zeros(3, dtype=torch.int64), *(torch.zeros(3, 1, dtype=torch.int64) for _ in range(3))]
+    kernels = compiled_by(lambda: settle(rows[0], torch.zeros(3, 65536), refused, Outcome(*rows)), monkeypatch)
+    assert {kernel.name: kernel.spilled for kernel in kernels} == {"settle_kernel": 0}
 
 
 def test_it_says_what_is_missing(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

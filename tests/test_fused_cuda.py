@@ -8,11 +8,12 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 from engines import finish
-from helpers import VOCAB_SIZE, apart, off, tokens_of
+from helpers import PRESENT, VOCAB_SIZE, apart, off, tokens_of
 from rwkv_backends.eager import Eager
 from rwkv_backends.fused import FAMILIES, Fused, interpreted
 from rwkv_backends.graphs import Graphs
 from rwkv_samplers.nucleus import Nucleus
+from settling import check_settled
 from torch import Tensor
 
 from rwkv_runtime.checkpoint import build_model
@@ -66,7 +67,7 @@ def no_further(ours: Tensor, plain: Tensor, exact: Tensor) -> None:
 
 
 def forced(engine: Engine, tokens: Sequence[int], rows: int) -> Tensor:
-    """Logits [T, rows, V], each row reading the same tokens, one later than the row before it."""
+    """Logits [T, rows, V] of the ids that there are; each row reads the same tokens, one later than the row before."""
     for row in range(rows):
         engine.state.clear(row)
     steps = []
@@ -74,7 +75,7 @@ def forced(engine: Engine, tokens: Sequence[int], rows: int) -> Tensor:
         for row in range(rows):
             engine.tokens[row] = tokens[(t + row) % len(tokens)]
         engine._ticks[rows]()
-        steps.append(engine.logits[:rows].clone())
+        steps.append(engine.logits[:rows, PRESENT].clone())
     return torch.stack(steps)
 
 
@@ -138,8 +139,12 @@ def test_the_captured_step_draws_what_its_sampler_draws(plugins: Plugins, tokeni
         assert int(engine.controls.position) == position + 1
         controls = Controls.allocate(Nucleus(), 1, VOCAB_SIZE, torch.device("cuda"))
         controls.set(0, params, 7, position)
-        assert torch.equal(engine.drawn, Nucleus().sample(engine.logits + engine.absent, controls))
+        assert torch.equal(engine.drawn, Nucleus().sample(engine.logits, controls))
         assert int(engine.tokens) == int(engine.drawn)
+
+
+def test_every_draw_is_settled_as_it_must() -> None:
+    check_settled(Fused(), "cuda")
 
 
 def test_many_requests_come_and_go(plugins: Plugins, tokenizer: Tokenizer) -> None:

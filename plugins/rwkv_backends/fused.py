@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rwkv_backends.graphs import Graphs
 from rwkv_backends.kernels.tuning import Tuning
-from rwkv_runtime import Backend, Forward, Model, Tick, hookimpl
+from rwkv_runtime import Backend, Forward, Model, Outcome, Tick, hookimpl
 
 FAMILIES = {name: f"rwkv_backends.kernels.{name}" for name in ("rwkv6", "rwkv7")}
 """The modules that have `forward(model, tuning)` for the architecture of that name."""
@@ -62,11 +62,22 @@ class Fused(Backend):
         forward = family(model, self.tuning if overlaps(model.device) else replace(self.tuning, overlap=False))
         if model.device.type == "cuda":
             for length in PREFILLS:  # compiles now, so that a failure shows here; decode steps are compiled by `freeze`
-                forward(torch.zeros(1, length, dtype=torch.int64, device=model.device), model.new_state())
+                logits = forward(torch.zeros(1, length, dtype=torch.int64, device=model.device), model.new_state())
+            drawn, *others = (torch.zeros(1, dtype=torch.int64, device=model.device) for _ in range(4))
+            for refused in (False, True):  # not every sampler is part of the step that is frozen
+                self.settle(drawn, logits, refused, Outcome(drawn, *others))
         return forward
 
     def freeze(self, tick: Tick, buffers: Sequence[Tensor]) -> Tick:
         return self._graphs.capture(tick, buffers) if buffers[0].is_cuda else tick
+
+    def settle(self, token: Tensor, logits: Tensor, refused: bool, outcome: Outcome) -> Tensor:
+        ours = (outcome.drawn.is_cuda and token.is_cuda) or interpreted()
+        if not ours or token.dtype != torch.int64 or token.shape != outcome.drawn.shape:
+            return super().settle(token, logits, refused, outcome)  # a sampler on the host, or one to be complained of
+        from rwkv_backends.kernels import settle
+
+        return settle.settle(token, logits, refused, outcome)
 
 
 def overlaps(device: torch.device) -> bool:
