@@ -87,8 +87,7 @@ def _many(x: Tensor, att_x: Tensor, att_kv: Tensor, ffn_x: Tensor, layer: Layer,
         out = wkv6.wkv(kvrg, low, att.decay_w2, att.decay, att.bonus, norm, att_kv, x)
     else:
         decays = chunk6.decays(low, att.decay_w2, att.decay, tuning)
-        wkv = chunk6.wkv_chunked(kvrg, decays, att.bonus, att_kv, tuning)
-        out = chunk6.norm_gate(wkv, kvrg[3], norm, x)
+        out = chunk6.wkv(kvrg, decays, att.bonus, norm, att_kv, x, tuning)
     if att.output.scale is None:
         x.addmm_(out, att.output.weight.t())
     else:

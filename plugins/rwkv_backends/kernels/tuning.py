@@ -26,8 +26,15 @@ class Tuning:
     """Its channels."""
     chunk: int = 16
     """Tokens of a prompt between two states that are computed: at least 16, as a matrix product of Triton has."""
+    span: int = 64
+    """Tokens of a prompt that one program goes through a chunk at a time, all spans at once: at least a chunk."""
     state_cols: int = 32
     """Columns of a head's state that one program carries through a prompt: from 16 to the head size."""
+
+    @property
+    def prompts(self) -> tuple[int, int]:
+        """Lengths of prompt that between them start every variant of the kernels."""
+        return 2, self.span + 1
 
     def lerp_tile(self, M: int, C: int, width: int) -> tuple[int, int]:
         """Tokens and channels of a program that multiplies by an adapter of numbers of `width` bytes.
