@@ -12,7 +12,7 @@ from rwkv_layers.linear import Matrix
 from rwkv_layers.matrices import quantize
 from torch import Tensor
 
-TUNING = Tuning(programs=3, tile_rows=4, value_rows=32, lerp_rows=32, lerp_cols=32)
+TUNING = Tuning(programs=3, tile_rows=4, value_rows=32, lerp_rows=32, lerp_cols=32, lerp_split=20)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.02}
 B, C, V, R, D = 2, 40, 37, 5, 9  # C and the rest are no powers of two
 WIDTH = 70  # of the channel mixing

@@ -25,11 +25,11 @@ def embed_kernel(tokens_ptr, emb_ptr, weight_ptr, bias_ptr, x_ptr, C: tl.constex
 @triton.jit
 def normed_pair(x_ptr, prev_ptr, weight_ptr, bias_ptr, m, T, cols, mask, C: tl.constexpr):
     """Row m after its norm, and how far the row before it is from that."""
+    if m % T == 0:
+        before = load_vector(prev_ptr + m // T * C, cols, mask)
+    else:
+        before = norm_row(x_ptr + (m - 1) * C, weight_ptr, bias_ptr, cols, mask, C)
     x = norm_row(x_ptr + m * C, weight_ptr, bias_ptr, cols, mask, C)
-    first = m % T == 0
-    before = norm_row(x_ptr + tl.maximum(m - 1, 0) * C, weight_ptr, bias_ptr, cols, mask, C)
-    kept = load_vector(prev_ptr + m // T * C, cols, cols < tl.where(first, C, 0))
-    before = tl.where(first, kept, before)
     return x, before - x
 
 
@@ -73,15 +73,17 @@ def shift_six_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, mu_ptr, out_ptr, las
 
 @triton.jit(do_not_specialize=["M", "T"])
 def lerps_kernel(lora_ptr, normed_ptr, dx_ptr, w_ptr, out_ptr, prev_ptr, M, T, R: tl.constexpr, C: tl.constexpr,
-                 RANK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
+                 RANK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
     rank = tl.arange(0, RANK)
+    first = tl.program_id(2) * PARTS
     mask = (m < M)[:, None] & (cols < C)[None, :]
     at = m[:, None] * C + cols[None, :]
     x = tl.load(normed_ptr + at, mask=mask, other=0.0).to(tl.float32)
     dx = tl.load(dx_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    for i in tl.static_range(5):
+    for part in tl.static_range(PARTS):
+        i = first + part
         lora_at = m[:, None] * (5 * R) + i * R + rank[None, :]
         lora = tl.load(lora_ptr + lora_at, mask=(m < M)[:, None] & (rank < R)[None, :], other=0.0)
         w_at = (i * (R + 1) + rank)[:, None] * C + cols[None, :]
@@ -89,7 +91,8 @@ def lerps_kernel(lora_ptr, normed_ptr, dx_ptr, w_ptr, out_ptr, prev_ptr, M, T, R
         maa = load_vector(w_ptr + (i * (R + 1) + R) * C, cols, cols < C)
         mix = tl.dot(tanh(lora.to(tl.float32)).to(w.dtype), w, input_precision="ieee") + maa[None, :]
         store(out_ptr + (i * M + m)[:, None] * C + cols[None, :], x + dx * mix, mask)
-    store(prev_ptr + (m // T)[:, None] * C + cols[None, :], x, mask & (m % T == T - 1)[:, None])
+    last = m % T == tl.where(first == 0, T - 1, -1)  # written by the programs of the first part alone
+    store(prev_ptr + (m // T)[:, None] * C + cols[None, :], x, mask & last[:, None])
 
 
 @triton.jit
@@ -172,8 +175,9 @@ def lerps(lora: Tensor, normed: Tensor, dx: Tensor, w: Tensor, prev: Tensor, T: 
     out = normed.new_empty(5, M, C)
     rows, cols = tuning.lerp_tile(M, C, w.element_size())
     rank = max(16, triton.next_power_of_2(R))
-    grid = (triton.cdiv(M, rows), triton.cdiv(C, cols))
-    lerps_kernel[grid](lora, normed, dx, w, out, prev, M, T, R, C, rank, rows, cols)
+    parts = tuning.lerp_parts(M)
+    grid = (triton.cdiv(M, rows), triton.cdiv(C, cols), 5 // parts)
+    lerps_kernel[grid](lora, normed, dx, w, out, prev, M, T, R, C, rank, rows, cols, parts)
     return out
 
 

@@ -24,6 +24,8 @@ class Tuning:
     """Tokens of one program that mixes inputs, where there are more than 16; half as many in float32."""
     lerp_cols: int = 64
     """Its channels."""
+    lerp_split: int = 512
+    """Up to so many tokens a program makes one of the five mixtures: more programs, each reading what they share."""
     chunk: int = 16
     """Tokens of a prompt between two states that are computed: at least 16, as a matrix product of Triton has."""
     span: int = 64
@@ -32,9 +34,13 @@ class Tuning:
     """Columns of a head's state that one program carries through a prompt: from 16 to the head size."""
 
     @property
-    def prompts(self) -> tuple[int, int]:
+    def prompts(self) -> tuple[int, ...]:
         """Lengths of prompt that between them start every variant of the kernels."""
-        return 2, self.span + 1
+        return 2, self.span + 1, max(self.span, self.lerp_split) + 1
+
+    def lerp_parts(self, M: int) -> int:
+        """Of the five mixtures of M tokens, how many a program makes."""
+        return 1 if self.lerp_split >= M else 5
 
     def lerp_tile(self, M: int, C: int, width: int) -> tuple[int, int]:
         """Tokens and channels of a program that multiplies by an adapter of numbers of `width` bytes.
