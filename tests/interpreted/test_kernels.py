@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -78,10 +80,12 @@ def test_embed(dtype: torch.dtype) -> None:
     close(dtype, (mixing.embed(tokens, emb, norm), normed(emb[tokens], norm)))
 
 
-def test_shift_lora(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("rows", [B, 19])
+def test_shift_lora(dtype: torch.dtype, rows: int) -> None:
     draw = Draw(dtype)
-    x, prev, norm, maa, w = draw(B, C), draw(B, C), draw.norm(), draw(C), draw.matrix(5 * R, C)
-    ours = vector.shift_lora(x, prev, norm, maa, w, TUNING)
+    x, prev, norm, maa, w = draw(rows, C), draw(rows, C), draw.norm(), draw(C), draw.matrix(5 * 7, C)
+    few = functools.partial(vector.shift_lora, tuning=TUNING)
+    ours = (few if rows == B else mixing.shift_lora)(x, prev, norm, maa, w)
     e = normed(x, norm)
     dx = shifted(e, prev, 1)
     close(dtype, *zip(ours, (e, dx, (e + dx * maa.double()) @ w.double().t()), strict=True))

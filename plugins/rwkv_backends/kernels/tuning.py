@@ -20,6 +20,8 @@ class Tuning:
     """Inputs of the value matrix that a program looks at together; those that are zero are not read."""
     value_cols: int = 16
     """Its outputs: one program each so many."""
+    lora_rows: int = 512
+    """Up to this batch size norm, token shift and the first adapter are one kernel; beyond it cuBLAS multiplies."""
     lerp_rows: int = 64
     """Tokens of one program that mixes inputs, where there are more than 16; half as many in float32."""
     lerp_cols: int = 64
