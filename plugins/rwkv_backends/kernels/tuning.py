@@ -22,6 +22,9 @@ class Tuning:
     """Its outputs: one program each so many."""
     lora_rows: int = 512
     """Up to this batch size norm, token shift and the first adapter are one kernel; beyond it cuBLAS multiplies."""
+    key_rows: int = 0
+    """Up to so many rows a kernel of our own multiplies by the key matrix and squares; beyond it cuBLAS, then a kernel
+    that squares. For 16 bits a number."""
     lerp_rows: int = 64
     """Tokens of one program that mixes inputs, where there are more than 16; half as many in float32."""
     lerp_cols: int = 64
@@ -38,7 +41,7 @@ class Tuning:
     @property
     def prompts(self) -> tuple[int, ...]:
         """Lengths of prompt that between them start every variant of the kernels."""
-        return 2, self.span + 1, max(self.span, self.lerp_split) + 1
+        return tuple(sorted({2, 65, *(most + 1 for most in (self.span, self.lerp_split, self.key_rows))}))
 
     def lerp_parts(self, M: int) -> int:
         """Of the five mixtures of M tokens, how many a program makes."""
