@@ -19,8 +19,6 @@ FAMILIES = {name: f"rwkv_backends.kernels.{name}" for name in ("rwkv6", "rwkv7")
 """The modules that have `forward(model, tuning)` for the architecture of that name."""
 HEAD_SIZES = (16, 32, 64, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-PREFILLS = (2, 17)
-"""Lengths of prompt that between them start every variant of the kernels."""
 CAPABILITY = (8, 0)
 """What the kernels need of a GPU: bfloat16."""
 
@@ -61,7 +59,8 @@ class Fused(Backend):
         family: Callable[[Model, Tuning], Forward] = import_module(FAMILIES[model.architecture.name]).forward
         forward = family(model, self.tuning if overlaps(model.device) else replace(self.tuning, overlap=False))
         if model.device.type == "cuda":
-            for length in PREFILLS:  # compiles now, so that a failure shows here; decode steps are compiled by `freeze`
+            # Compiles now, so that a failure shows here; decode steps are compiled by `freeze`.
+            for length in self.tuning.prompts:
                 logits = forward(torch.zeros(1, length, dtype=torch.int64, device=model.device), model.new_state())
             drawn, *others = (torch.zeros(1, dtype=torch.int64, device=model.device) for _ in range(4))
             for refused in (False, True):  # not every sampler is part of the step that is frozen

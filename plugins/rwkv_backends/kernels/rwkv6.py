@@ -11,6 +11,7 @@ from rwkv_layers.rwkv6 import RESCALE_EVERY, Block, Weights
 from torch import Tensor
 
 from rwkv_backends.kernels import chunk6, mixing, vector, wkv6
+from rwkv_backends.kernels.key import squared
 from rwkv_backends.kernels.tuning import Tuning
 from rwkv_runtime import Forward, Model, State
 
@@ -79,8 +80,11 @@ def _many(x: Tensor, att_x: Tensor, att_kv: Tensor, ffn_x: Tensor, layer: Layer,
     """Any number of rows and tokens: x [B*T, C] and the state of the layer are updated in place."""
     att, ffn = layer.block.att, layer.block.ffn
     T = len(x) // len(att_x)
-    normed, dx, first = mixing.shift(x, att_x, layer.block.ln1, att.maa_x, T)
-    lora = dense(first.to(att.maa_w1.dtype), att.maa_w1)  # on a CPU the adapters are float32
+    if T == 1 and tuning.lora_rows >= len(x):
+        normed, dx, lora = mixing.shift_lora(x, att_x, layer.block.ln1, att.maa_x, att.maa_w1)
+    else:
+        normed, dx, first = mixing.shift(x, att_x, layer.block.ln1, att.maa_x, T)
+        lora = dense(first.to(att.maa_w1.dtype), att.maa_w1)  # on a CPU the adapters are float32
     mixed = mixing.lerps(lora, normed, dx, att.maa_w2, att_x, T, tuning)
     low = dense(mixed[0].to(att.decay_w1.dtype), att.decay_w1)
     kvrg = linears(mixed[1:], att.kvrg)
@@ -89,13 +93,12 @@ def _many(x: Tensor, att_x: Tensor, att_kv: Tensor, ffn_x: Tensor, layer: Layer,
         out = wkv6.wkv(kvrg, low, att.decay_w2, att.decay, att.bonus, norm, att_kv, x, tuning)
     else:
         decays = chunk6.decays(low, att.decay_w2, att.decay, tuning)
-        wkv = chunk6.wkv_chunked(kvrg, decays, att.bonus, att_kv, tuning)
-        out = chunk6.norm_gate(wkv, kvrg[3], norm, x)
+        out = chunk6.wkv(kvrg, decays, att.bonus, norm, att_kv, x, tuning)
     if att.output.scale is None:
         x.addmm_(out, att.output.weight.t())
     else:
         x.add_(linear(out, att.output))
     maa = ffn.maa_k, ffn.maa_r
     key, receptance, last = mixing.shift_two(x, ffn_x, layer.block.ln2, maa, T)
-    k = mixing.relu_squared(linear(key, ffn.key))
+    k = squared(key, ffn.key, tuning)
     mixing.gate(linear(receptance, ffn.receptance), linear(k, ffn.value), last, x, ffn_x, T, layer.scale)
