@@ -19,9 +19,8 @@ from benchmarks.entrants import entrants
 from benchmarks.package import PACKAGE
 from benchmarks.results import Results
 from benchmarks.room import Unavailable, require
-from rwkv_runtime import BackendError, Model, Plugins
+from rwkv_runtime import BackendError, Model, Plugins, chunk_size
 from rwkv_runtime.checkpoint import build_model
-from rwkv_runtime.engine import chunk_size
 from rwkv_runtime.runtime import DTYPES
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 4e-2, "float16": 1e-2}

@@ -13,8 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rwkv_runtime import Backend, Controls, Forward, Model, Sampler
-from rwkv_runtime.engine import chunk_size
+from rwkv_runtime import Backend, Controls, Forward, Model, Sampler, chunk_size
 from rwkv_runtime.sampler import check_params
 
 PER_OP = "per-op compile"

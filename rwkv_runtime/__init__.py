@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rwkv_runtime.backend import Backend, Forward, Outcome, Tick
+    from rwkv_runtime.backend import Backend, Forward, Outcome, Tick, chunk_size
     from rwkv_runtime.controls import Controls
     from rwkv_runtime.errors import (
         BackendError,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "backend": ("Backend", "Forward", "Outcome", "Tick"),
+    "backend": ("Backend", "Forward", "Outcome", "Tick", "chunk_size"),
     "controls": ("Controls",),
     "errors": (
         "BackendError",
@@ -64,6 +64,7 @@ __all__ = [  # noqa: RUF022  (in the order of _HOME, which a test holds)
     "Forward",
     "Outcome",
     "Tick",
+    "chunk_size",
     "Controls",
     "BackendError",
     "CheckpointError",

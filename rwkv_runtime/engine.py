@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from rwkv_runtime.backend import Backend
+from rwkv_runtime.backend import Backend, chunk_size
 from rwkv_runtime.batch import Batch
 from rwkv_runtime.errors import OptionError, PluginError, RwkvError
 from rwkv_runtime.flight import Flight
@@ -235,14 +235,6 @@ class Engine(Batch):
         self.active.pop()
         if not self.active:
             self._flight = None
-
-
-def chunk_size(device: torch.device) -> int:
-    """Most tokens of a prompt read in one step; other requests wait for no more than this.
-
-    A GPU's matrix products want some thousand rows; a processor's gain little past some hundred.
-    """
-    return 2048 if device.type == "cuda" else 512
 
 
 def usual_lag(device: torch.device, sampler: Sampler) -> int:

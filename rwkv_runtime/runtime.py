@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_runtime.backend import Backend
+from rwkv_runtime.backend import Backend, chunk_size
 from rwkv_runtime.checkpoint import Progress, build_model, check_sha256, open_tensors
 from rwkv_runtime.embedded import embedded_model
-from rwkv_runtime.engine import Engine, chunk_size
+from rwkv_runtime.engine import Engine
 from rwkv_runtime.errors import BackendError, OptionError, RwkvError, StateError, VocabularyError
 from rwkv_runtime.generation import Generation, Request
 from rwkv_runtime.model import Model

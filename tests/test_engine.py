@@ -10,7 +10,8 @@ from rwkv_backends.eager import Eager
 from rwkv_samplers.greedy import Greedy
 from rwkv_samplers.nucleus import Nucleus
 
-from rwkv_runtime.engine import Engine, chunk_size
+from rwkv_runtime.backend import chunk_size
+from rwkv_runtime.engine import Engine
 from rwkv_runtime.errors import OptionError, SamplingError, StateError
 from rwkv_runtime.generation import Request
 from rwkv_runtime.model import Model

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import CPU, apart, built, logits_of, tiny_config, tokens_of
 
-from rwkv_runtime.engine import chunk_size
+from rwkv_runtime.backend import chunk_size
 from rwkv_runtime.errors import OptionError, StateError
 from rwkv_runtime.model import Architecture, Model
 from rwkv_runtime.plugins import Plugins

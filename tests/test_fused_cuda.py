@@ -12,6 +12,7 @@ from helpers import PRESENT, VOCAB_SIZE, apart, off, tokens_of
 from rwkv_backends.eager import Eager
 from rwkv_backends.fused import FAMILIES, Fused, interpreted
 from rwkv_backends.graphs import Graphs
+from rwkv_backends.prompts import CapturedPrompts
 from rwkv_samplers.nucleus import Nucleus
 from settling import check_settled
 from torch import Tensor
@@ -171,6 +172,21 @@ def test_another_length_of_prompt_compiles_nothing(plugins: Plugins, name: str) 
     for T in (2, 3, 15, 16, 31, 64, 65, 100, 129, 512, 513, 1000):
         forward(torch.tensor([tokens_of(T)], device="cuda"), model.new_state())
     assert count() == before
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_a_whole_chunk_is_one_graph_and_says_what_its_kernels_say(plugins: Plugins, name: str) -> None:
+    model = on_gpu(plugins, torch.bfloat16, name)
+    forward = Fused().forward(model)
+    assert isinstance(forward, CapturedPrompts)
+    tokens = torch.tensor([tokens_of(2 * forward.length + 3)], device="cuda")
+    states, logits = [model.new_state(), model.new_state()], []
+    for run, state in zip((forward, forward.forward), states, strict=True):
+        for piece in tokens.split(forward.length, dim=1):
+            logits.append(run(piece, state))
+    whole, kernels = logits[:3], logits[3:]
+    assert all(map(torch.equal, whole, kernels))
+    assert all(torch.equal(states[0][tensor], states[1][tensor]) for tensor in states[0].tensors)
 
 
 class Waits(Nucleus):

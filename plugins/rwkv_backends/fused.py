@@ -13,7 +13,8 @@ from torch import Tensor
 
 from rwkv_backends.graphs import Graphs
 from rwkv_backends.kernels.tuning import Tuning
-from rwkv_runtime import Backend, Forward, Model, Outcome, Tick, hookimpl
+from rwkv_backends.prompts import CapturedPrompts
+from rwkv_runtime import Backend, Forward, Model, Outcome, Tick, chunk_size, hookimpl
 
 FAMILIES = {name: f"rwkv_backends.kernels.{name}" for name in ("rwkv6", "rwkv7")}
 """The modules that have `forward(model, tuning)` for the architecture of that name."""
@@ -65,6 +66,7 @@ class Fused(Backend):
             drawn, *others = (torch.zeros(1, dtype=torch.int64, device=model.device) for _ in range(4))
             for refused in (False, True):  # not every sampler is part of the step that is frozen
                 self.settle(drawn, logits, refused, Outcome(drawn, *others))
+            return CapturedPrompts(forward, model, self._graphs, chunk_size(model.device))
         return forward
 
     def freeze(self, tick: Tick, buffers: Sequence[Tensor]) -> Tick:

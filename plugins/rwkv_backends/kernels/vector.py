@@ -267,12 +267,13 @@ class Rows(NamedTuple):
     """How the rows of matrices of C columns are shared among programs."""
 
     C: int
-    count: int  # of the rows in all
+    total: int  # rows of all of them
     tuning: Tuning
 
     def programs(self, rows: int) -> int:
         """How many take so many of the rows."""
-        return max(1, min(triton.cdiv(rows, self.tuning.tile_rows), round(self.tuning.programs * rows / self.count)))
+        tiles = int(triton.cdiv(rows, self.tuning.tile_rows))
+        return max(1, min(tiles, round(self.tuning.programs * rows / self.total)))
 
     @property
     def options(self) -> dict[str, Any]:
