@@ -11,6 +11,7 @@ arithmetic is float32; "tf32x3" keeps its precision on tensor cores, in three pr
 Annotations are real types, not strings: Triton reads them.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -67,7 +68,8 @@ def pairs_kernel(kvrg_ptr, w_ptr, u_ptr, scores_ptr, M, T, H, N: tl.constexpr, L
 
 
 @triton.jit(do_not_specialize=["M", "T", "slots"])
-def added_kernel(kvrg_ptr, w_ptr, states_ptr, kept_ptr, M, T, slots, H, N: tl.constexpr, SPAN: tl.constexpr):
+def added_kernel(kvrg_ptr, w_ptr, states_ptr, kept_ptr, M, T, slots, H, N: tl.constexpr, SPAN: tl.constexpr,
+                 PRECISION: tl.constexpr):  # fmt: skip
     """What a whole span adds to the state, into the slot of the next span, and the share of the state that it keeps."""
     c, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     C = H * N
@@ -83,7 +85,7 @@ def added_kernel(kvrg_ptr, w_ptr, states_ptr, kept_ptr, M, T, slots, H, N: tl.co
     slot = (b * slots + c + 1) * H + h
     tl.store(kept_ptr + slot * N + n, kept)
     at = states_ptr + slot * N * N + n[:, None] * N + n[None, :]
-    tl.store(at, tl.dot(tl.trans(k * after), v, input_precision="tf32x3"))
+    tl.store(at, tl.dot(tl.trans(k * after), v, input_precision=PRECISION))
 
 
 @triton.jit(do_not_specialize=["slots"])
@@ -102,7 +104,7 @@ def carry_kernel(kv_ptr, kept_ptr, states_ptr, slots, H, N: tl.constexpr, BLOCK:
 
 @triton.jit(do_not_specialize=["M", "T", "slots"])
 def outputs_kernel(kvrg_ptr, w_ptr, scores_ptr, weight_ptr, bias_ptr, states_ptr, kv_ptr, out_ptr, M, T, slots, H,
-                   N: tl.constexpr, SPAN: tl.constexpr, L: tl.constexpr):  # fmt: skip
+                   N: tl.constexpr, SPAN: tl.constexpr, L: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """A span from the state it starts from, L tokens at a time. The last span leaves its end in kv."""
     c, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     C = H * N
@@ -125,9 +127,9 @@ def outputs_kernel(kvrg_ptr, w_ptr, scores_ptr, weight_ptr, bias_ptr, states_ptr
         kept = tl.load(w_ptr + start * C + h * N + n) * tl.sum(tl.where(i[:, None] == 0, after, 0.0), 0)
         scores_at = scores_ptr + ((b * tl.cdiv(T, L) + done // L) * H + h) * L * L
         scores = tl.load(scores_at + i[:, None] * L + i[None, :])
-        o = tl.dot(scores, v, input_precision="tf32x3")
-        o += tl.dot(r * before, s, input_precision="tf32x3")
-        s = s * kept[:, None] + tl.dot(tl.trans(k * after), v, input_precision="tf32x3")
+        o = tl.dot(scores, v, input_precision=PRECISION)
+        o += tl.dot(r * before, s, input_precision=PRECISION)
+        s = s * kept[:, None] + tl.dot(tl.trans(k * after), v, input_precision=PRECISION)
         apart = o - (tl.sum(o, 1) / N)[:, None]
         normed = apart * tl.rsqrt(tl.sum(apart * apart, 1) / N + 64e-5)[:, None]
         g = tl.load(kvrg_ptr + (3 * M + start) * C + own, mask=mask, other=0.0).to(tl.float32)
@@ -157,19 +159,23 @@ def wkv(
     _, M, C = kvrg.shape
     B, H, N, _ = kv.shape
     T, span, L = M // B, tuning.span, tuning.chunk
+    # Inputs of 16 bits have no more digits than one pass through the tensor cores keeps.
+    precision = "tf32x3" if kvrg.dtype == torch.float32 else "tf32"
     chunks, slots = triton.cdiv(T, L), triton.cdiv(T, span)
     scores = kv.new_empty(B, chunks, H, L, L)
     pairs_kernel[chunks, H, B](kvrg, w, u, scores, M, T, H, N, L, num_warps=1)
     states = kv  # what each span starts from
     if slots > 1:
         states, kept = kv.new_empty(B, slots, H, N, N), kv.new_empty(B, slots, H, N)
-        added_kernel[slots - 1, H, B](kvrg, w, states, kept, M, T, slots, H, N, span, num_warps=max(1, N // 16))
+        added_kernel[slots - 1, H, B](
+            kvrg, w, states, kept, M, T, slots, H, N, span, precision, num_warps=max(1, N // 16)
+        )
         block = min(N * N, 512)
         carry_kernel[B * H, N * N // block](kv, kept, states, slots, H, N, block)
     out = like.new_empty(M, C)
     stages = 2 if N < 128 else 1  # loads under way take shared memory, of which large heads leave little
     outputs_kernel[slots, H, B](
-        kvrg, w, scores, *norm, states, kv, out, M, T, slots, H, N, span, L,
+        kvrg, w, scores, *norm, states, kv, out, M, T, slots, H, N, span, L, precision,
         num_warps=max(1, N // 16), num_stages=stages,
     )  # fmt: skip
     return out

@@ -8,7 +8,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 @triton.jit
 def let_next_begin(OVERLAP: tl.constexpr):
     """The next kernel may start while this one runs, as far as its own `wait_for_earlier`."""
-    if OVERLAP:
+    if OVERLAP == 1:
         gdc_launch_dependents()
 
 
@@ -18,11 +18,8 @@ def wait_for_earlier(OVERLAP: tl.constexpr):
     nothing may be written."""
     if OVERLAP:
         gdc_wait()
-
-
-@triton.jit
-def tanh(x):
-    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+    if OVERLAP == 2:
+        gdc_launch_dependents()
 
 
 @triton.jit

@@ -50,44 +50,6 @@ def shift_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_ptr, normed_ptr, dx_
     store(out_ptr + m * C + cols, x + dx * load_vector(maa_ptr, cols, mask), mask)
 
 
-@triton.jit(do_not_specialize=["M"])
-def shift_lora_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_ptr, w_ptr, normed_ptr, dx_ptr, lora_ptr, M, D,
-                      C: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr, K: tl.constexpr):  # fmt: skip
-    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    d = tl.program_id(1) * OUT + tl.arange(0, OUT)
-    rows = (m < M)[:, None]
-    total = tl.zeros((ROWS, K), tl.float32)
-    for start in range(0, C, K):
-        c = start + tl.arange(0, K)
-        total += tl.load(x_ptr + m[:, None] * C + c[None, :], mask=rows & (c < C)[None, :], other=0.0).to(tl.float32)
-    mean = (tl.sum(total, 1) / C)[:, None]
-    total = tl.zeros((ROWS, K), tl.float32)
-    for start in range(0, C, K):
-        c = start + tl.arange(0, K)
-        mask = rows & (c < C)[None, :]
-        x = tl.load(x_ptr + m[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
-        apart = tl.where(mask, x - mean, 0.0)
-        total += apart * apart
-    scale = tl.rsqrt(tl.sum(total, 1) / C + 1e-5)[:, None]
-    lora = tl.zeros((ROWS, OUT), tl.float32)
-    for start in range(0, C, K):
-        c = start + tl.arange(0, K)
-        at = m[:, None] * C + c[None, :]
-        mask = rows & (c < C)[None, :]
-        weight, bias = load_vector(weight_ptr, c, c < C), load_vector(bias_ptr, c, c < C)
-        x = (tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32) - mean) * scale * weight[None, :] + bias[None, :]
-        x = x.to(x_ptr.dtype.element_ty).to(tl.float32)
-        dx = tl.load(prev_ptr + at, mask=mask, other=0.0).to(tl.float32) - x
-        mine = mask & (c < tl.where(tl.program_id(1) == 0, C, 0))[None, :]
-        store(normed_ptr + at, x, mine)
-        store(dx_ptr + at, dx, mine)
-        w_mask = (c < C)[:, None] & (d < D)[None, :]
-        w = tl.load(w_ptr + d[None, :] * C + c[:, None], mask=w_mask, other=0.0)
-        mixed = (x + dx * load_vector(maa_ptr, c, c < C)[None, :]).to(w.dtype)
-        lora = tl.dot(mixed, w, lora, input_precision="tf32x3")
-    store(lora_ptr + m[:, None] * D + d[None, :], lora, rows & (d < D)[None, :])
-
-
 @triton.jit(do_not_specialize=["T"])
 def shift_two_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_k_ptr, maa_r_ptr, k_ptr, r_ptr, last_ptr, T,
                      C: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
@@ -178,18 +140,6 @@ def shift(x: Tensor, prev: Tensor, norm: tuple[Tensor, Tensor], maa: Tensor, T: 
     normed, dx, out = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
     shift_kernel[M,](x, prev, *norm, maa, normed, dx, out, T, **across(C))
     return normed, dx, out
-
-
-def shift_lora(
-    x: Tensor, prev: Tensor, norm: tuple[Tensor, Tensor], maa: Tensor, w: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One token of each row: x, prev [M, C] -> LN(x) and dx as `shift`, and W (LN(x) + dx maa) [M, D]: w [D, C]."""
-    (M, C), D = x.shape, len(w)
-    normed, dx, lora = torch.empty_like(x), torch.empty_like(x), w.new_empty(M, D)
-    block = min(256 // w.element_size(), max(16, triton.next_power_of_2(C)))
-    grid = triton.cdiv(M, 16), triton.cdiv(D, 32)
-    shift_lora_kernel[grid](x, prev, *norm, maa, w, normed, dx, lora, M, D, C, 16, 32, block)
-    return normed, dx, lora
 
 
 def shift_two(

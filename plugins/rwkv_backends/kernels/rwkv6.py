@@ -80,11 +80,8 @@ def _many(x: Tensor, att_x: Tensor, att_kv: Tensor, ffn_x: Tensor, layer: Layer,
     """Any number of rows and tokens: x [B*T, C] and the state of the layer are updated in place."""
     att, ffn = layer.block.att, layer.block.ffn
     T = len(x) // len(att_x)
-    if T == 1 and tuning.lora_rows >= len(x):
-        normed, dx, lora = mixing.shift_lora(x, att_x, layer.block.ln1, att.maa_x, att.maa_w1)
-    else:
-        normed, dx, first = mixing.shift(x, att_x, layer.block.ln1, att.maa_x, T)
-        lora = dense(first.to(att.maa_w1.dtype), att.maa_w1)  # on a CPU the adapters are float32
+    normed, dx, first = mixing.shift(x, att_x, layer.block.ln1, att.maa_x, T)
+    lora = dense(first.to(att.maa_w1.dtype), att.maa_w1)  # on a CPU the adapters are float32
     mixed = mixing.lerps(lora, normed, dx, att.maa_w2, att_x, T, tuning)
     low = dense(mixed[0].to(att.decay_w1.dtype), att.decay_w1)
     kvrg = linears(mixed[1:], att.kvrg)

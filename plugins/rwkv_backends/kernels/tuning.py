@@ -15,9 +15,10 @@ class Tuning:
     vector_rows: int = 2
     """Up to this batch size a decode step takes the kernels that read each weight once a row and skip what is zero;
     beyond it cuBLAS, with the rest fused around it."""
-    overlap: bool = True
+    overlap: int = 1
     """Whether a kernel of a decode step starts, and asks for its first weights, while the one before it still runs
-    (programmatic dependent launch); the backend turns it off where the GPU cannot."""
+    (programmatic dependent launch): 1, however many are waiting already; 2, one at a time. The backend makes it 0 where
+    the GPU cannot."""
     registers: int = 96
     """Registers that a thread of the largest kernel may have where weights have 16 bits or fewer: programs of the next
     one fit in beside it. 0: as many as it likes."""
@@ -29,8 +30,6 @@ class Tuning:
     """Inputs of the value matrix that a program looks at together; those that are zero are not read."""
     value_cols: int = 128
     """Its outputs that a program adds to; several share them, each some of the inputs."""
-    lora_rows: int = 512
-    """Up to this batch size norm, token shift and the first adapter are one kernel; beyond it cuBLAS multiplies."""
     key_rows: int = 0
     """Up to so many rows a kernel of our own multiplies by the key matrix and squares; beyond it cuBLAS, then a kernel
     that squares. For 16 bits a number."""
@@ -50,7 +49,7 @@ class Tuning:
     @property
     def launch(self) -> dict[str, Any]:
         """Options of every kernel of a decode step."""
-        return {"OVERLAP": True, "launch_pdl": True} if self.overlap else {"OVERLAP": False}
+        return {"OVERLAP": self.overlap, "launch_pdl": True} if self.overlap else {"OVERLAP": 0}
 
     def room_for_next(self, weight: Tensor) -> dict[str, int]:
         """More options, of a kernel that would fill the multiprocessors."""
