@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import apart
-from rwkv_backends.kernels import chunk6, key, mixing, vector, wkv6
+from rwkv_backends.kernels import chunk6, mixing, vector, wkv6
 from rwkv_backends.kernels.tuning import Tuning
 from rwkv_layers.linear import Matrix
 from rwkv_layers.matrices import quantize
@@ -162,17 +162,6 @@ def test_relu_squared(dtype: torch.dtype) -> None:
     twin = torch.relu(k.double()) ** 2
     assert mixing.relu_squared(k) is k
     close(dtype, (k, twin))
-
-
-@pytest.mark.parametrize("rows", [3, 65])
-@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
-def test_the_key_matrix_and_the_square_of_it(half: torch.dtype, rows: int) -> None:
-    """In one kernel and in two."""
-    draw = Draw(half)
-    x, w = draw(rows, C), draw.matrix(WIDTH, C)
-    twin = torch.relu(x.double() @ w.double().t()) ** 2
-    for most in (rows - 1, rows):
-        close(torch.bfloat16, (key.squared(x, Matrix(w, None), Tuning(key_rows=most)), twin))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])

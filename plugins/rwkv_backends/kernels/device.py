@@ -23,6 +23,11 @@ def wait_for_earlier(OVERLAP: tl.constexpr):
 
 
 @triton.jit
+def tanh(x):
+    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+
+
+@triton.jit
 def norm_row(x_ptr, weight_ptr, bias_ptr, cols, mask, C: tl.constexpr):
     """Layer norm of the row of C at x_ptr, float32, rounded as the model keeps it: the state holds the same."""
     weight, bias = load_raw(weight_ptr, cols, mask), load_raw(bias_ptr, cols, mask)

@@ -11,7 +11,6 @@ from rwkv_layers.rwkv6 import RESCALE_EVERY, Block, Weights
 from torch import Tensor
 
 from rwkv_backends.kernels import chunk6, mixing, vector, wkv6
-from rwkv_backends.kernels.key import squared
 from rwkv_backends.kernels.tuning import Tuning
 from rwkv_runtime import Forward, Model, State
 
@@ -97,5 +96,5 @@ def _many(x: Tensor, att_x: Tensor, att_kv: Tensor, ffn_x: Tensor, layer: Layer,
         x.add_(linear(out, att.output))
     maa = ffn.maa_k, ffn.maa_r
     key, receptance, last = mixing.shift_two(x, ffn_x, layer.block.ln2, maa, T)
-    k = squared(key, ffn.key, tuning)
+    k = mixing.relu_squared(linear(key, ffn.key))
     mixing.gate(linear(receptance, ffn.receptance), linear(k, ffn.value), last, x, ffn_x, T, layer.scale)

@@ -11,7 +11,6 @@ from rwkv_layers.rwkv7 import Adapter, Block, TimeMixing, Weights
 from torch import Tensor
 
 from rwkv_backends.kernels import chunk7, mixing, vector, vector7, wkv7
-from rwkv_backends.kernels.key import squared
 from rwkv_backends.kernels.tuning import Tuning
 from rwkv_backends.kernels.wkv7 import Heads, Ups
 from rwkv_runtime import Forward, Model, State
@@ -123,4 +122,4 @@ def _many(x: Tensor, att_x: Tensor, att_kv: Tensor, ffn_x: Tensor, first: Tensor
     else:
         x.add_(linear(out, att.output))
     key, last = mixing.shift_one(x, ffn_x, layer.block.ln2, ffn.shift, T)
-    mixing.gate(None, linear(squared(key, ffn.key, tuning), ffn.value), last, x, ffn_x, T, 1.0)
+    mixing.gate(None, linear(mixing.relu_squared(linear(key, ffn.key)), ffn.value), last, x, ffn_x, T, 1.0)

@@ -30,9 +30,6 @@ class Tuning:
     """Inputs of the value matrix that a program looks at together; those that are zero are not read."""
     value_cols: int = 128
     """Its outputs that a program adds to; several share them, each some of the inputs."""
-    key_rows: int = 0
-    """Up to so many rows a kernel of our own multiplies by the key matrix and squares; beyond it cuBLAS, then a kernel
-    that squares. For 16 bits a number."""
     lerp_rows: int = 64
     """Tokens of one program that mixes inputs, where there are more than 16; half as many in float32."""
     lerp_cols: int = 64
@@ -59,7 +56,7 @@ class Tuning:
     @property
     def prompts(self) -> tuple[int, ...]:
         """Lengths of prompt that between them start every variant of the kernels."""
-        return tuple(sorted({2, 65, *(most + 1 for most in (self.span, self.lerp_split, self.key_rows))}))
+        return 2, self.span + 1, max(self.span, self.lerp_split) + 1
 
     def lerp_parts(self, M: int) -> int:
         """Of the five mixtures of M tokens, how many a program makes."""
