@@ -60,24 +60,25 @@ DECODE, PREFILL = "ceiling or (test_decode and not compile)", "ceiling or (test_
 WHOLE = "ceiling or (test_decode and compile and not per-op)"
 """A whole step through torch.compile; compiling takes long, so that it has parts of its own."""
 ENGINE = "sampling_share or overhead or growth or generate or (test_sampling and nucleus)"
+FEW = "and not compile and not script"
+BOTH = f"ceiling or ((test_decode or test_prefill) {FEW})"
 GPU = (
-    Part("decode 1.6b", DECODE, batches=(1, 256, 8)),
+    Part("1.6b", BOTH, batches=(1, 256), lengths=(2048,)),
+    Part("sampling", f"sampling_share {FEW}"),
+    Part("7b", BOTH, sizes=("7b",), batches=(1, 256), lengths=(2048,)),
+    Part("3b", BOTH, sizes=("3b",), batches=(1, 256), lengths=(2048,)),
     Part("compile 1.6b", WHOLE),
-    Part("prefill 1.6b", PREFILL, lengths=(2048, 512)),
-    Part("decode 7b", DECODE, sizes=("7b",), batches=(1, 256)),
-    Part("decode 3b", DECODE, sizes=("3b",), batches=(1, 256)),
+    Part("start", f"test_start {FEW}"),
     Part("compile 7b", WHOLE, sizes=("7b",)),
-    Part("engine", f"({ENGINE}) and not compile and not script"),
-    Part("start", "test_start and not compile and not script"),
-    Part("prefill 7b", PREFILL, sizes=("7b",), lengths=(2048,)),
-    Part("prefill 3b", PREFILL, sizes=("3b",), lengths=(2048,)),
-    Part("batches", DECODE, batches=(32, 128, 512)),
-    Part("rwkv7", f"{DECODE} or (test_prefill and not compile)", batches=(1, 256), architecture="rwkv7"),
-    Part("prompts", PREFILL, lengths=(128, 512, 2048, 8192), prompts=(1, 8)),
-    Part("float16", DECODE, dtype="float16"),
+    Part("engine", f"({ENGINE}) {FEW}"),
+    Part("rwkv7", BOTH, batches=(1, 256), lengths=(2048,), architecture="rwkv7"),
+    Part("batches", f"ceiling or (test_decode {FEW})", batches=(8, 32, 128, 512)),
+    Part("prompts", f"ceiling or (test_prefill {FEW})", lengths=(128, 512, 8192), prompts=(1, 8)),
+    Part("float16", f"ceiling or (test_decode {FEW})", dtype="float16"),
+    Part("script", "ceiling or (test_decode and script)"),
     Part("per-op compile", "test_decode and per-op"),
     Part("compile start", f"(test_start or {ENGINE}) and compile"),
-    Part("large batches", DECODE, sizes=("3b", "7b"), batches=(8, 32, 128, 512)),
+    Part("large batches", f"ceiling or (test_decode {FEW})", sizes=("3b", "7b"), batches=(8, 32, 128, 512)),
 )
 CPU = (
     Part("decode 1.6b", DECODE),

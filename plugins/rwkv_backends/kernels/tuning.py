@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 
 @dataclass(frozen=True)
 class Tuning:
@@ -19,9 +17,6 @@ class Tuning:
     """Whether a kernel of a decode step starts, and asks for its first weights, while the one before it still runs
     (programmatic dependent launch): 1, however many are waiting already; 2, one at a time. The backend makes it 0 where
     the GPU cannot."""
-    registers: int = 96
-    """Registers that a thread of the largest kernel may have where weights have 16 bits or fewer: programs of the next
-    one fit in beside it. 0: as many as it likes."""
     programs: int = 528
     """About how many programs share the rows of a large matrix: four for each multiprocessor."""
     tile_rows: int = 2
@@ -47,11 +42,6 @@ class Tuning:
     def launch(self) -> dict[str, Any]:
         """Options of every kernel of a decode step."""
         return {"OVERLAP": self.overlap, "launch_pdl": True} if self.overlap else {"OVERLAP": 0}
-
-    def room_for_next(self, weight: Tensor) -> dict[str, int]:
-        """More options, of a kernel that would fill the multiprocessors."""
-        bounded = self.overlap and self.registers and weight.element_size() <= 2
-        return {"maxnreg": self.registers} if bounded else {}
 
     @property
     def prompts(self) -> tuple[int, ...]:

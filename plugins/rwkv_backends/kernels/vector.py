@@ -334,8 +334,7 @@ def key_receptance(
     rows = Rows(C, F + C, tuning)
     keys = rows.programs(F)
     grid = (keys + rows.programs(C), B)
-    options = {**rows.options, **tuning.room_for_next(key.weight)}
-    key_receptance_kernel[grid](x, prev, *norm, *maa, *key, *receptance, normed, k, r, F, keys, **options)
+    key_receptance_kernel[grid](x, prev, *norm, *maa, *key, *receptance, normed, k, r, F, keys, **rows.options)
     return normed, k, r
 
 
@@ -348,8 +347,7 @@ def key_alone(
     rows = Rows(C, F, tuning)
     keys = rows.programs(F)
     none = (None, None)
-    options = {**rows.options, **tuning.room_for_next(key.weight)}
-    key_receptance_kernel[keys, B](x, prev, *norm, maa, None, *key, *none, normed, k, None, F, keys, **options)
+    key_receptance_kernel[keys, B](x, prev, *norm, maa, None, *key, *none, normed, k, None, F, keys, **rows.options)
     return normed, k
 
 
