@@ -100,8 +100,8 @@ def standard(z: Row, temperature: float, top_k: float, top_p: float, min_p: floa
 
 def nucleus(z: Row, temperature: float, top_p: float, top_k: float) -> Row:
     """RWKV's demo programs: softmax; drop all but the k likeliest; of the whole distribution, sorted, find the
-    probability at which the running sum reaches P; drop what is less likely; adjust the tokens at that probability so
-    that exactly P is left; raise to 1/T."""
+    probability at which the running sum reaches P; drop what is less likely; cut the tokens at that probability down so
+    that exactly P is left (less where k lets in only some of them: none grows); raise to 1/T."""
     order, every = ranked(z), softmax(z)
     if temperature == 0 or top_p == 0:
         return keep(z, {order[0]})
@@ -119,7 +119,7 @@ def nucleus(z: Row, temperature: float, top_p: float, top_k: float) -> Row:
         tied = [i for i, p in enumerate(kept) if p == cutoff]
         excess = sum(kept) - top_p
         for i in tied:
-            kept[i] = max(0.0, cutoff - excess / len(tied))
+            kept[i] = min(cutoff, max(0.0, cutoff - excess / len(tied)))
     return [math.log(p / max(kept)) / temperature if p > 0 else -INF for p in kept]
 
 
