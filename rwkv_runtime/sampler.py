@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from rwkv_runtime.controls import Controls
-from rwkv_runtime.errors import OptionError, PluginError
+from rwkv_runtime.errors import OptionError, PluginError, did_you_mean
 from rwkv_runtime.state import TensorSpec
 
 Where = Literal["graph", "device", "host"]
@@ -164,11 +164,8 @@ class Chain(Sampler):
 
 def check_params(sampler: Sampler, given: Mapping[str, object]) -> dict[str, float | str]:
     """Every parameter of the sampler, as given or at its default. Raises OptionError for a name it does not have."""
-    from difflib import get_close_matches
-
     for name in given:
         if name not in sampler.params:
-            near = get_close_matches(name, sampler.params, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sampler.params) or 'none'}"
+            hint = did_you_mean(name, sampler.params, f"it has {', '.join(sampler.params) or 'none'}")
             raise OptionError(f"sampler {sampler.name} has no parameter {name!r}; {hint}")
     return {name: p.check(name, given.get(name, p.default)) for name, p in sampler.params.items()}

@@ -66,10 +66,21 @@ def test_each_parameter_of_the_sampler_comes_from_the_nearest_place(seen: dict, 
     assert seen["params"] == {"temperature": "2", "top_p": 0.3, "top_k": "7"}
 
 
+def test_a_misspelt_variable_is_named_in_a_warning_with_the_nearest_right_one(seen: dict) -> None:
+    result = invoke(MAX_TOKENZ="3", ZZZ="1", JSON="1", TOP_P="0.5")
+    assert (result.exit_code, seen["max_tokens"]) == (0, 512)
+    assert result.stderr == (
+        "warning: no option is set by the variable RWKV_RUN_MAX_TOKENZ (did you mean RWKV_RUN_MAX_TOKENS?), "
+        "nor by RWKV_RUN_ZZZ (see rwkv-run --help)\n"
+    )
+    assert invoke(MAX_TOKENS="3").stderr == ""
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("samplers = true", "there is no option 'samplers'"),
+        ("max-token = 3", "there is no option 'max-token'; did you mean max-tokens?"),
         ("model = 5", "model is a text"),
         ("output = true", "output is a text"),
         ("seed = 1.7", "seed is a whole number"),
@@ -92,7 +103,14 @@ def test_a_setting_of_the_wrong_type_in_the_file_is_refused_in_one_line(line, me
     [
         (["--threads", "0"], "'--threads'"),
         (["--stop", ""], "a stop string cannot be empty"),
-        (["--nonsense"], "No such option"),
+        (["--nonsense"], "there is no option --nonsense; see rwkv-run --help"),
+        (["--max-token", "3"], "there is no option --max-token; did you mean --max-tokens?"),
+        (["--max_tokens", "3"], "did you mean --max-tokens?"),
+        (["--no-eco"], "did you mean --no-echo?"),
+        (["-Z"], "there is no option -Z; see rwkv-run --help"),
+        (["hi", "there", "--seed", "1"], 'the prompt is one argument; put it in quotes: rwkv-run "hi there"'),
+        (["word"] * 400, 'word word word ..."'),
+        (["--quant", "int4"], "there is no quantization 'int4'; there is only int8"),
         (["--file", "missing.txt"], "--file missing.txt: no such file"),
         (["--load-state", "missing.state"], "--load-state missing.state: no such file"),
         (["--vocab", "."], "--vocab .: a directory"),

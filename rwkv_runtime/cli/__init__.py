@@ -13,7 +13,15 @@ import click
 from rwkv_runtime import __version__
 from rwkv_runtime.cli.command import OneLineCommand, nothing_to_lose
 from rwkv_runtime.cli.formats import FORMATS
-from rwkv_runtime.cli.options import CountType, PairType, StopType, read_config, sampler_params
+from rwkv_runtime.cli.options import (
+    VARIABLES,
+    CountType,
+    PairType,
+    StopType,
+    read_config,
+    sampler_params,
+    unknown_variables,
+)
 
 EPILOG = """\b
 Examples:
@@ -31,7 +39,7 @@ line wins over the environment, the environment over the file."""
     cls=OneLineCommand,
     epilog=EPILOG,
     context_settings={
-        "auto_envvar_prefix": "RWKV_RUN",
+        "auto_envvar_prefix": VARIABLES.removesuffix("_"),
         "help_option_names": ["-h", "--help"],
         "max_content_width": 100,
     },
@@ -81,6 +89,8 @@ def command(ctx: click.Context, /, **options: Any) -> None:
 
     The prompt is the argument, or --file, or standard input.
     """
+    if warning := unknown_variables(ctx):
+        click.echo(f"warning: {warning}", err=True)
     with nothing_to_lose():
         from rwkv_runtime.cli.run import run  # torch is loaded here
 
