@@ -77,6 +77,7 @@ def test_the_prompt_comes_from_the_argument_a_file_or_standard_input(rwkv_run, t
     expected = text_of(rwkv_run("Once", *LENGTH))
     assert text_of(rwkv_run("--file", str(tmp_path / "prompt.txt"), *LENGTH)) == expected
     assert text_of(rwkv_run(*LENGTH, input="Once")) == expected
+    assert text_of(rwkv_run("--file", "-", *LENGTH, input="Once")) == expected
     assert text_of(rwkv_run("Once", "--no-echo", *LENGTH)) == expected.removeprefix("Once")
 
 

@@ -66,6 +66,22 @@ def test_each_parameter_of_the_sampler_comes_from_the_nearest_place(seen: dict, 
     assert seen["params"] == {"temperature": "2", "top_p": 0.3, "top_k": "7"}
 
 
+def test_a_parameter_given_twice_in_one_place_must_be_the_same(seen: dict, tmp_path: Path) -> None:
+    assert invoke("-o", "top-p", "0.50", "--top-p", "0.5", OPTION="top_p 0.1", TOP_P="0.1").exit_code == 0
+    assert seen["params"] == {"top_p": 0.5}
+    assert "top_p is given as 0.2 by --top-p and as 0.1 by -o" in invoke(OPTION="top_p 0.1", TOP_P="0.2").stderr
+    config = tmp_path / "run.toml"
+    config.write_text("temperature = 0.5\n[option]\ntemperature = 1\n", encoding="utf-8")
+    assert "temperature is given as 0.5 by" in invoke("--config", str(config)).stderr
+
+
+def test_what_is_set_for_other_runs_too_is_not_refused_where_it_is_of_no_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [n for n in os.environ if n.startswith("RWKV_")]:
+        monkeypatch.delenv(name)
+    result = invoke("--json", *MISSING, CHAT_FORMAT="think", ROWS="2", ECHO="1")
+    assert (result.exit_code, result.stderr) == (1, "Error: missing.pth: no such file\n")
+
+
 def test_a_misspelt_variable_is_named_in_a_warning_with_the_nearest_right_one(seen: dict) -> None:
     result = invoke(MAX_TOKENZ="3", ZZZ="1", JSON="1", TOP_P="0.5")
     assert (result.exit_code, seen["max_tokens"]) == (0, 512)
@@ -119,6 +135,11 @@ def test_a_setting_of_the_wrong_type_in_the_file_is_refused_in_one_line(line, me
         (["--sha256", "zz"], "64 hexadecimal digits"),
         (["--chat", "--trials", "2"], "--chat takes no --trials"),
         (["--logprobs", "2"], "--logprobs goes with"),
+        (["--chat-format", "think"], "--chat-format goes with --chat"),
+        (["--rows", "2"], "--rows goes with --prompts"),
+        (["--chat", "--echo"], "--chat takes no --echo"),
+        (["--json", "--echo"], "--json takes no --echo"),
+        (["-o", "top_p", "0.5", "--top-p", "0.4"], "top_p is given as 0.4 by --top-p and as 0.5 by -o; leave one"),
     ],
 )
 def test_what_cannot_be_right_is_one_line_before_the_model_is_looked_for(args: list[str], message: str) -> None:
@@ -142,6 +163,7 @@ def test_a_dash_reads_standard_input_and_a_closed_one_is_empty(monkeypatch: pyte
     stdin = SimpleNamespace(buffer=SimpleNamespace(read=lambda: b"piped\n"), isatty=lambda: True)
     monkeypatch.setattr("sys.stdin", stdin)
     assert read_prompt({"prompt": "-", "file": None}) == "piped"
+    assert read_prompt({"prompt": None, "file": "-"}) == "piped"
     assert read_prompt({"prompt": None, "file": None}) == ""
     monkeypatch.setattr("sys.stdin", None)
     assert read_prompt({"prompt": None, "file": None}) == ""

@@ -20,6 +20,7 @@ from rwkv_runtime.cli.options import (
     StopType,
     read_config,
     sampler_params,
+    typed,
     unknown_variables,
 )
 
@@ -45,7 +46,7 @@ line wins over the environment, the environment over the file."""
     },
 )
 @click.argument("prompt", required=False)
-@click.option("--file", type=click.Path(), help="Read the prompt from a file.")
+@click.option("--file", type=click.Path(), help="Read the prompt from a file; - is standard input.")
 @click.option("-m", "--model", type=click.Path(), help="Checkpoint, .pth or .safetensors.  [default: the story model]")
 @click.option("--vocab", type=click.Path(), help="Vocabulary file.  [default: MODEL.vocab.txt, else RWKV World's]")
 @click.option("--sha256", help="Refuse a checkpoint whose SHA-256 is another.")
@@ -94,7 +95,7 @@ def command(ctx: click.Context, /, **options: Any) -> None:
     with nothing_to_lose():
         from rwkv_runtime.cli.run import run  # torch is loaded here
 
-    run(options | {"params": sampler_params(ctx)})
+    run(options | {"params": sampler_params(ctx), "typed": typed(ctx)})
 
 
 def main() -> None:

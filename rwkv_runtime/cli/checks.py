@@ -40,6 +40,11 @@ def _check_modes(options: Mapping[str, Any]) -> None:
             barred += [name for name in ("load_state", "save_state") if options[name]]
         if barred:
             raise OptionError(f"--{mode} takes no {'prompt' if barred[0] == 'prompt' else _dashed(barred[0])}")
+    for name, needed in (("chat_format", "chat"), ("rows", "prompts")):
+        if name in options["typed"] and not options[needed]:
+            raise OptionError(f"{_dashed(name)} goes with --{needed}")
+    if "echo" in options["typed"] and options["echo"] and (mode or options["as_json"]):
+        raise OptionError(f"--{mode or 'json'} takes no --echo; it is for text")
     if options["prompts"] and not options["output"]:
         raise OptionError("--prompts needs --output FILE")
     if options["output"] and not options["prompts"]:
@@ -52,7 +57,8 @@ def _check_modes(options: Mapping[str, Any]) -> None:
 
 def _check_files(options: Mapping[str, Any]) -> None:
     for name in ("file", "load_state", "vocab"):
-        if options[name] and not Path(options[name]).is_file():
+        stdin = name == "file" and options[name] == "-"
+        if options[name] and not stdin and not Path(options[name]).is_file():
             what = "a directory" if Path(options[name]).is_dir() else "no such file"
             raise OptionError(f"{_dashed(name)} {options[name]}: {what}")
     if options["save_state"]:
@@ -75,9 +81,10 @@ def read_prompt(options: Mapping[str, Any]) -> str:
     """The argument, the file, or standard input, whose last line end is not part of it. Raises OptionError."""
     if options["prompt"] not in (None, "-"):
         return _text(os.fsencode(options["prompt"]))
-    if options["file"]:
+    if options["file"] and options["file"] != "-":
         return _trimmed(Path(options["file"]).read_bytes())
-    if sys.stdin is None or (options["prompt"] is None and sys.stdin.isatty()):
+    asked = "-" in (options["prompt"], options["file"])
+    if sys.stdin is None or (not asked and sys.stdin.isatty()):
         return ""
     return _trimmed(sys.stdin.buffer.read())
 

@@ -59,15 +59,30 @@ class PairType(Text):
         return str(value)
 
 
+def typed(ctx: click.Context) -> frozenset[str]:
+    """Names of the options on the command line itself: what is set elsewhere is meant for other runs, too."""
+    return frozenset(name for name in ctx.params if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE)
+
+
 def sampler_params(ctx: click.Context) -> dict[str, object]:
-    """Parameters for the sampler from `-o` and the short options; of one place, the short option wins."""
+    """Parameters for the sampler from `-o` and the short options; where one place has both, they must agree."""
     params: dict[str, object] = {}
     for place in PLACES:
-        params |= _pairs(_options_of(ctx, place))
-        for name in SHORT:
-            if ctx.get_parameter_source(name) == place:
-                params[name] = ctx.params[name]
+        pairs = _pairs(_options_of(ctx, place))
+        short = {name: ctx.params[name] for name in SHORT if ctx.get_parameter_source(name) == place}
+        for name in pairs.keys() & short.keys():
+            if not _agree(pairs[name], short[name]):
+                both = f"as {short[name]:g} by --{name.replace('_', '-')} and as {pairs[name]} by -o"
+                raise click.UsageError(f"{name} is given {both}; leave one of them out")
+        params |= pairs | short
     return params
+
+
+def _agree(text: str, number: float) -> bool:
+    try:
+        return float(text) == number
+    except ValueError:
+        return False
 
 
 def _options_of(ctx: click.Context, place: ParameterSource) -> Iterable[tuple[str, str]]:
@@ -85,7 +100,7 @@ def _options_of(ctx: click.Context, place: ParameterSource) -> Iterable[tuple[st
     return given
 
 
-def _pairs(options: Iterable[tuple[str, str]]) -> dict[str, object]:
+def _pairs(options: Iterable[tuple[str, str]]) -> dict[str, str]:
     return {name.replace("-", "_"): value for name, value in options}
 
 
