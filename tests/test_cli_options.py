@@ -129,6 +129,8 @@ def test_a_setting_of_the_wrong_type_in_the_file_is_refused_in_one_line(line, me
         (["--quant", "int4"], "there is no quantization 'int4'; there is only int8"),
         (["--file", "missing.txt"], "--file missing.txt: no such file"),
         (["--load-state", "missing.state"], "--load-state missing.state: no such file"),
+        (["--load-state", __file__], "test_cli_options.py: not a saved state; --save-state FILE makes one"),
+        (["--load-state", "."], "--load-state .: a directory"),
         (["--vocab", "."], "--vocab .: a directory"),
         (["--save-state", "missing/x.state"], "its folder is missing"),
         (["--save-state", "."], "not a file that could be replaced"),

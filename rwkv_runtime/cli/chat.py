@@ -56,7 +56,7 @@ def _exchange(conversation: Conversation, interactive: bool) -> bool:
         if message in ("/reset", "/clear"):
             conversation.forget()
         elif COMMAND.fullmatch(message):
-            click.echo(HELP, err=True)
+            click.echo(HELP if message == "/help" else f"there is no command {message}; {HELP}", err=True)
         elif message:
             finish = conversation.turn(message).finish
             if finish == "cancelled" and not interactive:

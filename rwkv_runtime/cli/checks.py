@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rwkv_runtime.errors import OptionError
+from rwkv_runtime.errors import OptionError, StateError
 from rwkv_runtime.plugins import Plugins
 from rwkv_runtime.runtime import AUTO, check_quant, parse_device, parse_dtype
 from rwkv_runtime.sampler import check_params
+from rwkv_runtime.snapshot import check_snapshot
 
 
 def check(options: Mapping[str, Any], plugins: Plugins) -> None:
@@ -56,11 +57,16 @@ def _check_modes(options: Mapping[str, Any]) -> None:
 
 
 def _check_files(options: Mapping[str, Any]) -> None:
-    for name in ("file", "load_state", "vocab"):
+    for name in ("file", "vocab"):
         stdin = name == "file" and options[name] == "-"
         if options[name] and not stdin and not Path(options[name]).is_file():
             what = "a directory" if Path(options[name]).is_dir() else "no such file"
             raise OptionError(f"{_dashed(name)} {options[name]}: {what}")
+    if options["load_state"]:
+        try:
+            check_snapshot(options["load_state"])
+        except StateError as error:
+            raise OptionError(f"--load-state {error}") from None
     if options["save_state"]:
         target = Path(options["save_state"])
         if target.exists() and not target.is_file():
