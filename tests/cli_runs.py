@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,35 @@ def save_tiny_model(folder: Path) -> Path:
 def rwkv_run(model: Path, *args: str, input: str | bytes = "") -> Result:
     env = {name: None for name in os.environ if name.startswith("RWKV_")}
     return CliRunner().invoke(command, [*args, "--model", str(model)], input=input, env=env)
+
+
+@contextlib.contextmanager
+def at_a_terminal(model: Path, *args: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """A process whose standard streams are a terminal, and our end of that; POSIX alone."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))  # a bar needs some room
+    process = started(model, *args, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    try:
+        yield process, ours
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+
+
+def shown_at(terminal: int) -> bytes:
+    """All that is shown until the process has left."""
+    shown = b""
+    with contextlib.suppress(OSError):  # on Linux the end of a terminal is an error
+        while piece := os.read(terminal, 65536):
+            shown += piece
+    return shown
 
 
 def started(model: Path, *args: str, **streams: Any) -> subprocess.Popen[bytes]:

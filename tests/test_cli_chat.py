@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cli_runs import CODE, rwkv_run, save_tiny_model, started
+from cli_runs import CODE, at_a_terminal, rwkv_run, save_tiny_model, started
 from click.testing import Result
 from helpers import byte_tokenizer
 
@@ -158,12 +158,8 @@ def test_a_broken_pipe_does_not_lose_the_state(tiny: Path, tmp_path: Path) -> No
 
 @posix
 def test_at_a_terminal_ctrl_c_discards_the_line_or_ends_the_answer(tiny: Path) -> None:
-    import pty
     import select
 
-    ours, theirs = pty.openpty()
-    process = started(tiny, "--chat", *ENDLESS, stdin=theirs, stdout=theirs, stderr=theirs)
-    os.close(theirs)
     shown = b""
 
     def shows(what: bytes, times: int) -> Callable[[], bool]:
@@ -175,7 +171,7 @@ def test_at_a_terminal_ctrl_c_discards_the_line_or_ends_the_answer(tiny: Path) -
 
         return check
 
-    try:
+    with at_a_terminal(tiny, "--chat", *ENDLESS) as (process, ours):
         wait_for(shows(b"User: ", 1), process)
         os.write(ours, b"half a li")
         wait_for(shows(b"half a li", 1), process)
@@ -191,7 +187,3 @@ def test_at_a_terminal_ctrl_c_discards_the_line_or_ends_the_answer(tiny: Path) -
         os.write(ours, b"\x04")
         assert process.wait(timeout=60) == 0
         assert b"prompt 23 tokens" in shown  # the discarded line is no part of the message
-    finally:
-        process.kill()
-        process.wait()
-        os.close(ours)

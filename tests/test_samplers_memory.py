@@ -172,7 +172,7 @@ def test_bias_and_bans_are_by_token() -> None:
         (LogitBias(), {"bias": "5:inf"}, "'5:inf' is no token id with a number"),
         (LogitBias(), {"bias": "1:nan"}, "'1:nan' is no token id with a number"),
         (LogitBias(), {"bias": "6:1"}, "bias names token ids from 0 to 5, and '6' is none"),
-        (Banned(), {"banned": "1,-2"}, "banned names token ids from 0 to 5, and '-2' is none"),
+        (Banned(), {"banned": "1,-2"}, "banned names token ids from 0, and '-2' is none"),
         (Banned(), {"banned": "²"}, "and '²' is none"),
         (Banned(), {"banned": "1 2"}, "and '1 2' is none"),
     ],
