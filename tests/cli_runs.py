@@ -7,7 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +77,12 @@ def started(model: Path, *args: str, **streams: Any) -> subprocess.Popen[bytes]:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a job's may be ignored
         **pipes | streams,
     )
+
+
+def wait_for(what: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    """Until it is so; the process must not end before."""
+    limit = time.monotonic() + 60
+    while not what():
+        assert process.poll() is None
+        assert time.monotonic() < limit
+        time.sleep(0.01)

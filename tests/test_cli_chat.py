@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cli_runs import CODE, at_a_terminal, rwkv_run, save_tiny_model, started
+from cli_runs import CODE, at_a_terminal, rwkv_run, save_tiny_model, started, wait_for
 from click.testing import Result
 from helpers import byte_tokenizer
 
@@ -61,14 +61,6 @@ def state_text(path: Path, model: Path) -> str:
     """What a saved state has read, and what is left for it to read."""
     snapshot = load_snapshot(path, load(model).model)
     return byte_tokenizer().decode((*snapshot.recent, *snapshot.pending))
-
-
-def wait_for(what: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
-    limit = time.monotonic() + 60
-    while not what():
-        assert process.poll() is None
-        assert time.monotonic() < limit
-        time.sleep(0.01)
 
 
 def test_it_answers_turn_by_turn_and_remembers(tiny: Path) -> None:

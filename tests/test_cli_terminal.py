@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -45,3 +46,16 @@ def test_off_a_terminal_and_for_a_short_prompt_nothing_is_shown(tiny: Path, endl
         assert process.wait(timeout=60) == 0
     assert shown.startswith(b"Once")
     assert b"reading" not in shown
+
+
+def test_many_prompts_show_a_bar_and_then_one_line(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('"Hello"\n"Once"\n', encoding="utf-8")
+    files = ["--prompts", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+    with at_a_terminal(tiny, *files, "--max-tokens", "40") as (process, terminal):
+        shown = shown_at(terminal)
+        assert process.wait(timeout=60) == 0
+    assert b"| 0/2 [" in shown
+    *_, cleared, line, end = re.split(rb"[\r\n]+", shown)
+    assert (cleared.strip(), end) == (b"", b"")
+    assert line.startswith(b"2 of 2 lines done; their records are in ")
+    assert line.endswith(b"/s | eager]")
