@@ -31,7 +31,7 @@ CANDIDATES = 8
 
 def run(options: Mapping[str, Any]) -> None:
     """Carries out one invocation. What goes wrong becomes one line on stderr."""
-    logging.basicConfig(format="warning: %(message)s", level=logging.WARNING)
+    _listen(options["quiet"])
     try:
         if options["table"]:
             from rwkv_runtime.cli.tables import show
@@ -45,6 +45,20 @@ def run(options: Mapping[str, Any]) -> None:
         raise click.ClickException(str(error)) from None
     except (MemoryError, torch.OutOfMemoryError):
         raise click.ClickException("out of memory; try fewer --rows, a smaller --dtype or another --device") from None
+
+
+def _listen(quiet: bool) -> None:
+    """Shows the warnings of all, and what the runtime and its plugins say of themselves, on stderr."""
+
+    class Plain(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            serious = record.levelno > logging.INFO
+            return f"{record.levelname.lower()}: {record.getMessage()}" if serious else record.getMessage()
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(Plain())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    logging.getLogger("rwkv_runtime").setLevel(logging.WARNING if quiet else logging.INFO)
 
 
 def _dispatch(options: Mapping[str, Any]) -> None:
