@@ -21,7 +21,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def endless(tmp_path: Path) -> list[str]:
     """A prompt that takes longer to read than the two seconds there are."""
     (tmp_path / "book.txt").write_text("Once upon a time. " * 60_000, encoding="utf-8")
-    return ["--file", str(tmp_path / "book.txt"), "--seconds", "2", "--no-echo"]
+    return ["--file", str(tmp_path / "book.txt"), "--seconds", "2"]
 
 
 def test_a_long_prompt_shows_how_far_it_is_read(tiny: Path, endless: list[str]) -> None:
@@ -34,6 +34,7 @@ def test_a_long_prompt_shows_how_far_it_is_read(tiny: Path, endless: list[str]) 
     assert b"token/s" in after
     assert after.rpartition(b"\r\n[")[0].endswith(b"\r")  # the bar's line is blank again
     assert b"ended by time" in after
+    assert b"Once upon a time" not in shown  # nothing was written, so it is not shown what it would have followed
 
 
 def test_off_a_terminal_and_for_a_short_prompt_nothing_is_shown(tiny: Path, endless: list[str]) -> None:

@@ -135,7 +135,7 @@ class Conversation:
         if isinstance(generation.error, OptionError):
             return
         if not silent:
-            click.echo(unshown)
+            click.echo()
         if generation.error:
             click.echo(f"error: {generation.error}", err=True)
 

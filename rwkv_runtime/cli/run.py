@@ -188,14 +188,14 @@ def write(session: Session, prompt: str) -> None:
 
 
 def _write_text(session: Session, generation: Generation, prompt: str) -> None:
-    """The prompt is shown with the first token: until it is read, the line belongs to a bar or to a refusal."""
+    """The prompt is shown with the first token: until then the line belongs to a bar or to a refusal."""
     unshown = prompt if session.options["echo"] else ""
     for piece in follow(session.engine, generation):
         if generation.tokens:
             click.echo(unshown + piece, nl=False)
             unshown = ""
     if not isinstance(generation.error, OptionError):
-        click.echo(unshown)
+        click.echo()
 
 
 def _write_record(session: Session, generation: Generation, prompt: str) -> None:
