@@ -78,7 +78,7 @@ def test_a_parameter_given_twice_in_one_place_must_be_the_same(seen: dict, tmp_p
 def test_what_is_set_for_other_runs_too_is_not_refused_where_it_is_of_no_use(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [n for n in os.environ if n.startswith("RWKV_")]:
         monkeypatch.delenv(name)
-    result = invoke("--json", *MISSING, CHAT_FORMAT="think", ROWS="2", ECHO="1")
+    result = invoke("--json", *MISSING, CHAT_FORMAT="think", ROWS="2", ECHO="1", OUTPUT="out.jsonl")
     assert (result.exit_code, result.stderr) == (1, "Error: missing.pth: no such file\n")
 
 
@@ -139,6 +139,7 @@ def test_a_setting_of_the_wrong_type_in_the_file_is_refused_in_one_line(line, me
         (["--logprobs", "2"], "--logprobs goes with"),
         (["--chat-format", "think"], "--chat-format goes with --chat"),
         (["--rows", "2"], "--rows goes with --prompts"),
+        (["--output", "out.jsonl"], "--output goes with --prompts"),
         (["--chat", "--echo"], "--chat takes no --echo"),
         (["--json", "--echo"], "--json takes no --echo"),
         (["-o", "top_p", "0.5", "--top-p", "0.4"], "top_p is given as 0.4 by --top-p and as 0.5 by -o; leave one"),

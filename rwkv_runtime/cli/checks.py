@@ -48,7 +48,7 @@ def _check_modes(options: Mapping[str, Any]) -> None:
         raise OptionError(f"--{mode or 'json'} takes no --echo; it is for text")
     if options["prompts"] and not options["output"]:
         raise OptionError("--prompts needs --output FILE")
-    if options["output"] and not options["prompts"]:
+    if "output" in options["typed"] and not options["prompts"]:
         raise OptionError("--output goes with --prompts; to keep a single text, redirect standard output")
     if options["logprobs"] and not (options["as_json"] or options["explain"] or options["prompts"]):
         raise OptionError("--logprobs goes with --json, --explain or --prompts")
