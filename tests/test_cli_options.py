@@ -123,6 +123,7 @@ def test_a_setting_of_the_wrong_type_in_the_file_is_refused_in_one_line(line, me
         (["--max-token", "3"], "there is no option --max-token; did you mean --max-tokens?"),
         (["--max_tokens", "3"], "did you mean --max-tokens?"),
         (["--no-eco"], "did you mean --no-echo?"),
+        (["--hlep"], "did you mean --help?"),
         (["-Z"], "there is no option -Z; see rwkv-run --help"),
         (["hi", "there", "--seed", "1"], 'the prompt is one argument; put it in quotes: rwkv-run "hi there"'),
         (["word"] * 400, 'word word word ..."'),

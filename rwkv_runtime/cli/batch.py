@@ -58,13 +58,13 @@ def run_batch(session: Session) -> None:
         click.echo(f"interrupted, {so_far}; the same command takes up the rest of {source}", err=True)
         raise click.exceptions.Exit(INTERRUPTED)
     failed = batch.failed + sum(done.values())
-    outcome = f"{failed} of {len(digests)} lines failed; their records in {target} say why"
+    summary = f"{failed} of {len(digests)} lines failed; their records in {target} say why"
     if not failed:
-        outcome = f"{len(digests)} of {len(digests)} lines done; their records are in {target}"
+        summary = f"{len(digests)} of {len(digests)} lines done; their records are in {target}"
     if not session.options["quiet"]:
-        click.echo(f"{outcome} {batch.figures()}".rstrip(), err=True)
+        click.echo(f"{summary} {batch.figures()}".rstrip(), err=True)
     elif failed:
-        click.echo(outcome, err=True)
+        click.echo(summary, err=True)
     if failed:
         raise click.exceptions.Exit(1)
 

@@ -73,7 +73,9 @@ class OneLineCommand(click.Command):
         """What went wrong; for a misspelt option, the nearest one and no other."""
         if not isinstance(error, click.NoSuchOption):
             return error.format_message()
-        spelt = [name for param in self.params for name in (*param.opts, *param.secondary_opts)]
+        spelt = [
+            name for param in self.get_params(click.Context(self)) for name in (*param.opts, *param.secondary_opts)
+        ]
         known = [name.removeprefix("--") for name in spelt if name.startswith("--")]
         name = error.option_name.lstrip("-").replace("_", "-")
         return f"there is no option {error.option_name}; {did_you_mean(name, known, SEE_HELP, prefix='--')}"
