@@ -19,9 +19,8 @@ from benchmarks.entrants import entrants
 from benchmarks.package import PACKAGE
 from benchmarks.results import Results
 from benchmarks.room import Unavailable, require
-from rwkv_runtime import BackendError, Model, Plugins
+from rwkv_runtime import BackendError, Model, Plugins, chunk_size
 from rwkv_runtime.checkpoint import build_model
-from rwkv_runtime.engine import CHUNK
 from rwkv_runtime.runtime import DTYPES
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 4e-2, "float16": 1e-2}
@@ -136,7 +135,7 @@ class Lineup:
 
     def room_for_prompts(self, name: str, prompts: int, length: int) -> None:
         """Raises Unavailable where reading them takes more memory than there is."""
-        at_once = length if name == PACKAGE else prompts * min(length, CHUNK)
+        at_once = length if name == PACKAGE else prompts * min(length, chunk_size(self.model.device))
         need = at_once * ACTIVATIONS * 4 * self.model.config.n_embd + prompts * self.state_bytes(1)
         self._make_room(need, name, f"{prompts} prompts of {length} tokens of {self.checkpoint.size}")
 

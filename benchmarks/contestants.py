@@ -13,8 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rwkv_runtime import Backend, Controls, Forward, Model, Sampler
-from rwkv_runtime.engine import CHUNK
+from rwkv_runtime import Backend, Controls, Forward, Model, Sampler, chunk_size
 from rwkv_runtime.sampler import check_params
 
 PER_OP = "per-op compile"
@@ -47,7 +46,7 @@ class Ours:
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         tokens, state = torch.tensor(prompts), self.model.new_state(len(prompts))
-        for chunk in tokens.split(CHUNK, dim=1):
+        for chunk in tokens.split(chunk_size(self.model.device), dim=1):
             logits = self.forward(chunk.to(self.model.device), state)
         return logits
 

@@ -24,7 +24,7 @@ from benchmarks.contestants import Ours
 from benchmarks.room import Unavailable
 from benchmarks.test_forward import of_model
 from benchmarks.timing import Timing, race, record
-from rwkv_runtime import Backend, Forward, Model, Runtime, Tick
+from rwkv_runtime import Backend, Forward, Model, Outcome, Runtime, Tick
 from rwkv_runtime.checkpoint import build_model, open_tensors
 from rwkv_runtime.embedded import embedded_model
 from rwkv_runtime.engine import Engine
@@ -50,6 +50,9 @@ class Watched(Backend):
 
     def forward(self, model: Model) -> Forward:
         return self.inner.forward(model)
+
+    def settle(self, token: Tensor, logits: Tensor, refused: bool, outcome: Outcome) -> Tensor:
+        return self.inner.settle(token, logits, refused, outcome)
 
     def freeze(self, tick: Tick, buffers: Sequence[Tensor]) -> Tick:
         frozen = self.inner.freeze(tick, buffers)

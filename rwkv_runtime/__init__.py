@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rwkv_runtime.backend import Backend, Forward, Tick
+    from rwkv_runtime.backend import Backend, Forward, Outcome, Tick, chunk_size
     from rwkv_runtime.controls import Controls
     from rwkv_runtime.errors import (
         BackendError,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "backend": ("Backend", "Forward", "Tick"),
+    "backend": ("Backend", "Forward", "Outcome", "Tick", "chunk_size"),
     "controls": ("Controls",),
     "errors": (
         "BackendError",
@@ -62,7 +62,9 @@ _HOME = {
 __all__ = [  # noqa: RUF022  (in the order of _HOME, which a test holds)
     "Backend",
     "Forward",
+    "Outcome",
     "Tick",
+    "chunk_size",
     "Controls",
     "BackendError",
     "CheckpointError",

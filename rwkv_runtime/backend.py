@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 from rwkv_runtime.model import Model
@@ -23,6 +25,20 @@ class Forward(Protocol):
 
 Tick = Callable[[], None]
 """One decode step over static buffers."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where a decode step of B rows leaves what it drew: buffers that `Backend.settle` writes."""
+
+    drawn: Tensor
+    """int64 [B]: the tokens; -1 for a row where nothing could be drawn."""
+    tokens: Tensor
+    """int64 [B, 1]: what the next step reads; 0 after -1, so that a failed row goes on harmlessly."""
+    position: Tensor
+    """int64 [B, 1], where the sampler is: one further after each step."""
+    before: Tensor
+    """int64 [B, 1], there too: the position of what was drawn."""
 
 
 class Backend(ABC):
@@ -51,3 +67,28 @@ class Backend(ABC):
     def freeze(self, tick: Tick, buffers: Sequence[Tensor]) -> Tick:
         """Compiles or captures one decode step; must leave `buffers`, which the tick changes, as it found them."""
         return tick
+
+    def settle(self, token: Tensor, logits: Tensor, refused: bool, outcome: Outcome) -> Tensor:
+        """The end of a draw: a sampler's token, int64 [B], or -1 where it is none that may be drawn -> int64 [B].
+
+        Refuses an id outside the vocabulary, one whose logit is not finite, and every token of a row of logits [B, V]
+        that has NaN or +inf; the last unless the sampler itself has `refused` such rows. Fills `outcome`.
+        """
+        chosen = logits.gather(1, token.clamp(0, logits.shape[1] - 1).unsqueeze(1)).squeeze(1)
+        valid = (token >= 0) & (token < logits.shape[1]) & chosen.isfinite()
+        if not refused:
+            valid &= logits.amax(dim=-1).isfinite()
+        token = torch.where(valid, token, -1)
+        outcome.drawn.copy_(token)
+        outcome.tokens.copy_(token.clamp(min=0).unsqueeze(1))
+        outcome.before.copy_(outcome.position)
+        outcome.position.add_(1)
+        return token
+
+
+def chunk_size(device: torch.device) -> int:
+    """Most tokens of a prompt read in one step; other requests wait for no more than this.
+
+    A GPU's matrix products want some thousand rows; a processor's gain little past some hundred.
+    """
+    return 2048 if device.type == "cuda" else 512

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from rwkv_runtime.backend import Backend, Tick
+from rwkv_runtime.backend import Backend, Outcome, Tick
 from rwkv_runtime.controls import Controls
 from rwkv_runtime.errors import BackendError, RwkvError
 from rwkv_runtime.model import Model
@@ -36,6 +37,7 @@ class Batch:
         self.drawn = torch.zeros(rows, dtype=torch.int64, device=device)
         sampling_device = torch.device("cpu") if sampler.runs == "host" else device
         self.controls = Controls.allocate(sampler, rows, V, sampling_device, tokenizer)
+        self.before = torch.zeros_like(self.controls.position)
         self.absent = _absent_mask(tokenizer, V, device)
         try:
             self.forward = backend.forward(model)
@@ -100,33 +102,32 @@ class Batch:
         return apart
 
     def _think(self, size: int) -> Tick:
-        """The forward pass of a step: tokens -> logits."""
+        """The forward pass of a step: tokens -> logits, -inf for ids that the vocabulary does not have."""
         forward, tokens, state, logits = self.forward, self.tokens[:size], self.state.view(0, size), self.logits[:size]
+        absent = self.absent
 
         def think() -> None:
-            logits.copy_(forward(tokens, state))
+            if absent is None:
+                logits.copy_(forward(tokens, state))
+            else:
+                torch.add(forward(tokens, state), absent, out=logits)
 
         return think
 
     def _draw(self, size: int, watch: Callable[[Tensor], None] | None = None) -> Tick:
         """The draw of a step: logits -> tokens. `watch` sees the logits that the sampler is given."""
-        sampler, absent, controls = self.sampler, self.absent, self.controls.view(0, size)
-        tokens, logits, drawn = self.tokens[:size], self.logits[:size], self.drawn[:size]
+        sampler, settle, logits = self.sampler, self.backend.settle, self.logits[:size]
+        controls = self.controls.view(0, size)
+        outcome = Outcome(self.drawn[:size], self.tokens[:size], controls.position, self.before[:size])
+        earlier = replace(controls, position=outcome.before)
 
         def draw() -> None:
             sampler.prepare(controls)
-            z = logits if absent is None else logits + absent
-            z = z.to(controls.seed.device)
+            z = logits.to(controls.seed.device)
             if watch is not None:
                 watch(z)
-            token = sampler.sample(z, controls)
-            chosen = z.gather(1, token.clamp(0, z.shape[1] - 1).unsqueeze(1)).squeeze(1)
-            valid = z.amax(dim=-1).isfinite() & (token >= 0) & (token < z.shape[1]) & (chosen > -torch.inf)
-            token = torch.where(valid, token, -1)
-            sampler.update(token, z, controls)
-            drawn.copy_(token)
-            tokens.copy_(token.clamp(min=0).unsqueeze(1))  # a failed row goes on harmlessly until it is retired
-            controls.position.add_(1)
+            token = settle(sampler.sample(z, controls), z, sampler.refuses, outcome)
+            sampler.update(token, z, earlier)
 
         return draw
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from rwkv_runtime.backend import Backend
+from rwkv_runtime.backend import Backend, chunk_size
 from rwkv_runtime.batch import Batch
 from rwkv_runtime.errors import OptionError, PluginError, RwkvError
 from rwkv_runtime.flight import Flight
@@ -18,9 +18,6 @@ from rwkv_runtime.sampler import Sampler, check_params
 from rwkv_runtime.snapshot import Snapshot
 from rwkv_runtime.state import State
 from rwkv_runtime.tokenizer import Tokenizer
-
-CHUNK = 512
-"""Most tokens of a prompt read in one step; other requests wait for no more than this."""
 
 
 class Engine(Batch):
@@ -133,7 +130,7 @@ class Engine(Batch):
         """Reads one chunk of the prompt; the last token is left to the decode step, which draws from its logits."""
         left = len(generation.feed) - 1 - generation.read
         if left:
-            size = min(left, CHUNK)
+            size = min(left, chunk_size(self.model.device))
             chunk = generation.feed[generation.read : generation.read + size]
             self.forward(torch.tensor([chunk], device=self.model.device), self._scratch)
             generation.read += size

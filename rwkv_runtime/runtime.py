@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_runtime.backend import Backend
+from rwkv_runtime.backend import Backend, chunk_size
 from rwkv_runtime.checkpoint import Progress, build_model, check_sha256, open_tensors
 from rwkv_runtime.embedded import embedded_model
-from rwkv_runtime.engine import CHUNK, Engine
+from rwkv_runtime.engine import Engine
 from rwkv_runtime.errors import BackendError, OptionError, RwkvError, StateError, VocabularyError, there_are
 from rwkv_runtime.generation import Generation, Request
 from rwkv_runtime.model import Model
@@ -283,7 +283,7 @@ class Runtime:
         Raises OptionError for no tokens or an id that is not in the vocabulary, StateError for another model's state.
         """
         state = self._start(tokens, state)
-        for chunk in _chunks(tokens):
+        for chunk in _chunks(tokens, chunk_size(self.model.device)):
             logits = self._forward(torch.tensor([chunk], device=self.model.device), state)
         return logits[0], state
 
@@ -292,7 +292,7 @@ class Runtime:
         state = self._start(tokens, state)
         rows = [
             self._forward(torch.tensor([chunk], device=self.model.device), state, every=True)[0]
-            for chunk in _chunks(tokens)
+            for chunk in _chunks(tokens, chunk_size(self.model.device))
         ]
         return torch.cat(rows)
 
@@ -308,9 +308,9 @@ class Runtime:
         return fresh
 
 
-def _chunks(tokens: Sequence[int]) -> Iterator[Sequence[int]]:
-    for start in range(0, len(tokens), CHUNK):
-        yield tokens[start : start + CHUNK]
+def _chunks(tokens: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    for start in range(0, len(tokens), size):
+        yield tokens[start : start + size]
 
 
 def usable(plugins: Plugins, model: Model | None = None) -> Mapping[str, str | None]:

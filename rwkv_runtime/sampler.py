@@ -63,6 +63,9 @@ class Sampler(ABC):
     summary: ClassVar[str] = ""
     params: ClassVar[Mapping[str, Param]] = {}
     runs: Where = "device"
+    refuses: bool = False
+    """Whether `sample` gives -1 for every row that has NaN or +inf, or nothing to draw from. Of other samplers the
+    engine looks at all logits once more."""
 
     @property
     def stages(self) -> tuple[Sampler, ...]:

@@ -20,6 +20,8 @@ from rwkv_runtime.tokenizer import Tokenizer
 CPU = torch.device("cpu")
 BYTES = {byte + 1: bytes((byte,)) for byte in range(256)}
 VOCAB_SIZE = 260  # three more than the byte vocabulary has: ids 257 to 259 must never be drawn
+PRESENT = slice(0, 257)
+"""The ids of the byte vocabulary."""
 Tensors = dict[str, Tensor]
 
 

@@ -96,8 +96,38 @@ def test_nucleus_draws_by_its_kernels_what_it_draws_without(plugins: Plugins) ->
     logits[::2] = logits[::2].round()
     sampler = plugins.sampler("nucleus")
     for params in ({}, {"top_p": 0.5, "temperature": 1.7}, {"top_p": 1.0, "top_k": 3}, {"temperature": 0}):
-        controls = Controls.allocate(sampler, 256, V, torch.device("cuda"))
-        for row in range(256):
-            controls.set(row, check_params(sampler, params), 9, row)
+        controls = rows_of(sampler, 256, V, params)
         plain = controls.draw(sampler.filter(logits.cuda(), controls))
         assert int((sampler.sample(logits.cuda(), controls) != plain).sum()) <= 1
+
+
+@pytest.mark.parametrize(
+    "params", [{}, {"top_p": 0.3, "temperature": 2.0}, {"top_p": 1.0}, {"temperature": 0}], ids=str
+)
+def test_nucleus_draws_the_same_however_many_programs_share_a_row(plugins: Plugins, params: dict[str, float]) -> None:
+    """By the number of rows: all of a row's blocks a program each, some, or one for all; a hundred times over, since
+    whichever program is the last decides."""
+    sampler, rows, vocab = plugins.sampler("nucleus"), 300, 65536
+    logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(6)).cuda()
+    logits[::3] *= 4
+    logits[::2] = logits[::2].bfloat16().float()  # ties
+    logits[7, 65535], logits[8, 0], logits[9] = torch.nan, torch.inf, -torch.inf
+    controls = rows_of(sampler, rows, vocab, params)
+    together = sampler.sample(logits, controls)
+    assert (together < 0).nonzero().flatten().tolist() == [7, 8, 9]
+    plain = controls.draw(sampler.filter(logits, controls))
+    assert int((together != plain).sum()) <= 1
+    for size in (1, 10, 100):
+        for _ in range(100 // size + 1):
+            parts = [
+                sampler.sample(logits[i : i + size], controls.view(i, min(i + size, rows)))
+                for i in range(0, rows, size)
+            ]
+            assert torch.equal(torch.cat(parts), together), size
+
+
+def rows_of(sampler: Sampler, rows: int, vocab_size: int, params: dict[str, float]) -> Controls:
+    controls = Controls.allocate(sampler, rows, vocab_size, torch.device("cuda"))
+    for row in range(rows):
+        controls.set(row, check_params(sampler, params), 9, row)
+    return controls

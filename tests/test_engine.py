@@ -10,7 +10,8 @@ from rwkv_backends.eager import Eager
 from rwkv_samplers.greedy import Greedy
 from rwkv_samplers.nucleus import Nucleus
 
-from rwkv_runtime.engine import CHUNK, Engine
+from rwkv_runtime.backend import chunk_size
+from rwkv_runtime.engine import Engine
 from rwkv_runtime.errors import OptionError, SamplingError, StateError
 from rwkv_runtime.generation import Request
 from rwkv_runtime.model import Model
@@ -127,11 +128,12 @@ def test_logits_that_are_not_finite_fail_their_row_alone(model: Model, tokenizer
 
 def test_a_prompt_is_read_in_chunks_while_others_write(model: Model, tokenizer: Tokenizer, lag: int) -> None:
     backend = Counting()
+    chunk = chunk_size(model.device)
     engine = Engine(model, backend, Greedy(), tokenizer, rows=2)
     short = engine.submit(Request([5], max_tokens=50))
     for _ in range(1 + lag):
         engine.step()
-    long = engine.submit(Request(tokens_of(3 * CHUNK + 10), max_tokens=2))
+    long = engine.submit(Request(tokens_of(3 * chunk + 10), max_tokens=2))
     for step in range(1, 4):
         engine.step()
         assert len(short.tokens) == 1 + step
@@ -139,8 +141,12 @@ def test_a_prompt_is_read_in_chunks_while_others_write(model: Model, tokenizer: 
     for _ in range(1 + lag):
         engine.step()
     assert len(long.tokens) == 1
-    assert max(count for _, count in backend.reads) == CHUNK
-    assert backend.prompt_tokens == 3 * CHUNK + 9
+    assert max(count for _, count in backend.reads) == chunk
+    assert backend.prompt_tokens == 3 * chunk + 9
+
+
+def test_a_gpu_reads_larger_chunks() -> None:
+    assert chunk_size(torch.device("cuda")) > chunk_size(torch.device("cpu"))
 
 
 def test_trials_start_from_one_reading_of_the_prompt(model: Model, tokenizer: Tokenizer) -> None:

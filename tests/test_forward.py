@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import apart, built, logits_of, tiny_config, tokens_of
+from helpers import CPU, apart, built, logits_of, tiny_config, tokens_of
 
-from rwkv_runtime.engine import CHUNK
+from rwkv_runtime.backend import chunk_size
 from rwkv_runtime.errors import OptionError, StateError
 from rwkv_runtime.model import Architecture, Model
 from rwkv_runtime.plugins import Plugins
 from rwkv_runtime.runtime import Runtime
 
-TOKENS = tokens_of(CHUNK + 30)
+TOKENS = tokens_of(chunk_size(CPU) + 30)
 
 
 def test_logits_of_the_last_token_and_of_every_token(runtime: Runtime, model: Model) -> None:

@@ -14,10 +14,11 @@ import pytest
 import torch
 from helpers import CPU, built, controls_of, tiny_config
 from rwkv_backends import fused
-from rwkv_backends.fused import FAMILIES, PREFILLS, Fused
+from rwkv_backends.fused import FAMILIES, Fused
 from rwkv_backends.kernels.tuning import Tuning
-from rwkv_samplers.nucleus import Nucleus
+from rwkv_samplers.nucleus import Nucleus, Packed
 
+from rwkv_runtime.backend import Outcome
 from rwkv_runtime.checkpoint import build_model
 from rwkv_runtime.model import Architecture, Model
 from rwkv_runtime.plugins import Plugins
@@ -64,9 +65,11 @@ def test_every_kernel_compiles_for_hopper_and_spills_nothing(
     config = architecture.sizes(2 if architecture.name == "rwkv7" else 1, embd, vocab, head_size)
     model = build_model(architecture.random(config, dtype=dtype), plugins.architectures, CPU, quant=quant)
     model = replace(model, weights=as_on_a_gpu(model.weights, dtype))
-    shapes = [(1, 1), (2, 1), (32, 1), *((1, length) for length in PREFILLS)]
-    kernels = compiled(family.forward(model, Tuning()), model, shapes, monkeypatch)
-    assert {kernel.name for kernel in kernels} >= {"head_kernel", "value_kernel", "within_kernel", "through_kernel"}
+    tuning = Tuning(key_rows=512)
+    shapes = [(1, 1), (2, 1), (32, 1), *((1, length) for length in tuning.prompts)]
+    kernels = compiled(family.forward(model, tuning), model, shapes, monkeypatch)
+    assert {kernel.name for kernel in kernels} >= {"head_kernel", "value_kernel", "carry_kernel"}
+    assert ("key_kernel" in {kernel.name for kernel in kernels}) == (dtype.itemsize == 2 and not quant)
     assert [(kernel.name, kernel.spilled) for kernel in kernels if kernel.spilled] == []
     others = {"add_kernel", "key_receptance_kernel", "value_kernel", "head_kernel"}
     readers = {"shift_lora_kernel", "kvrg_kernel", "rkv_kernel", *others}
@@ -77,14 +80,29 @@ def test_every_kernel_compiles_for_hopper_and_spills_nothing(
 
 @needs_triton
 @needs_compiler
-def test_the_kernels_of_nucleus_compile_for_hopper_and_spill_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("V", [260, 65536])
+def test_the_kernels_of_nucleus_compile_for_hopper_and_spill_nothing(V: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from rwkv_samplers.kernels import nucleus
     from sm90 import compiled_by
 
-    logits = torch.zeros(3, 65536)
-    controls = controls_of(Nucleus(), 3, 65536)
-    kernels = compiled_by(lambda: nucleus.sample(logits, controls, 2.0**29), monkeypatch)
+    logits = torch.zeros(3, V)
+    controls = controls_of(Nucleus(), 3, V)
+    kernels = compiled_by(lambda: nucleus.sample(logits, controls, *Packed.of(V)), monkeypatch)
     assert {kernel.name: kernel.spilled for kernel in kernels} == {"_best": 0, "_perturb": 0, "_draw": 0}
+
+
+@needs_triton
+@needs_compiler
+@pytest.mark.parametrize("refused", [False, True])
+def test_the_kernel_that_ends_a_draw_compiles_for_hopper_and_spills_nothing(
+    refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rwkv_backends.kernels.settle import settle
+    from sm90 import compiled_by
+
+    rows = [torch.zeros(3, dtype=torch.int64), *(torch.zeros(3, 1, dtype=torch.int64) for _ in range(3))]
+    kernels = compiled_by(lambda: settle(rows[0], torch.zeros(3, 65536), refused, Outcome(*rows)), monkeypatch)
+    assert {kernel.name: kernel.spilled for kernel in kernels} == {"settle_kernel": 0}
 
 
 def test_it_says_what_is_missing(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,11 +8,13 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 from engines import finish
-from helpers import VOCAB_SIZE, apart, off, tokens_of
+from helpers import PRESENT, VOCAB_SIZE, apart, off, tokens_of
 from rwkv_backends.eager import Eager
 from rwkv_backends.fused import FAMILIES, Fused, interpreted
 from rwkv_backends.graphs import Graphs
+from rwkv_backends.prompts import CapturedPrompts
 from rwkv_samplers.nucleus import Nucleus
+from settling import check_settled
 from torch import Tensor
 
 from rwkv_runtime.checkpoint import build_model
@@ -60,13 +62,13 @@ def pair(plugins: Plugins, dtype: torch.dtype, name: str = "rwkv6", layers: int 
     return ours, exact
 
 
-def no_further(ours: Tensor, plain: Tensor, exact: Tensor) -> bool:
-    """Whether we are as near to float32 as plain PyTorch is in the same dtype, give or take."""
-    return off(ours, exact) <= max(EXACT, 1.5 * off(plain, exact))
+def no_further(ours: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """We are about as near to float32 as plain PyTorch is in the same dtype; how rounding adds up is chance."""
+    assert off(ours, exact) <= max(EXACT, 2.5 * off(plain, exact))
 
 
 def forced(engine: Engine, tokens: Sequence[int], rows: int) -> Tensor:
-    """Logits [T, rows, V], each row reading the same tokens, one later than the row before it."""
+    """Logits [T, rows, V] of the ids that there are; each row reads the same tokens, one later than the row before."""
     for row in range(rows):
         engine.state.clear(row)
     steps = []
@@ -74,7 +76,7 @@ def forced(engine: Engine, tokens: Sequence[int], rows: int) -> Tensor:
         for row in range(rows):
             engine.tokens[row] = tokens[(t + row) % len(tokens)]
         engine._ticks[rows]()
-        steps.append(engine.logits[:rows].clone())
+        steps.append(engine.logits[:rows, PRESENT].clone())
     return torch.stack(steps)
 
 
@@ -100,7 +102,7 @@ def test_captured_steps_say_what_plain_pytorch_says(
     engine = Engine(model, Fused(), Nucleus(), tokenizer, rows)
     first, second = (forced(engine, TOKENS, rows) for _ in range(2))
     assert bool(first.isfinite().all())
-    assert no_further(first, plain, exact)
+    no_further(first, plain, exact)
     assert torch.equal(first, second)
 
 
@@ -113,9 +115,9 @@ def test_prompts_say_what_plain_pytorch_says(plugins: Plugins, name: str, dtype:
     tokens = torch.tensor([tokens_of(T, seed) for seed in range(B)], device="cuda")
     states = [m.new_state(B) for m in (model, model, in_full)]
     passes = [Fused().forward(model), Eager().forward(model), Eager().forward(in_full)]
-    assert no_further(*(run(tokens, state, every=True) for run, state in zip(passes, states, strict=True)))
+    no_further(*(run(tokens, state, every=True) for run, state in zip(passes, states, strict=True)))
     for name in states[0].tensors:
-        assert no_further(*(state[name] for state in states)), name
+        no_further(*(state[name] for state in states))
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
@@ -138,8 +140,12 @@ def test_the_captured_step_draws_what_its_sampler_draws(plugins: Plugins, tokeni
         assert int(engine.controls.position) == position + 1
         controls = Controls.allocate(Nucleus(), 1, VOCAB_SIZE, torch.device("cuda"))
         controls.set(0, params, 7, position)
-        assert torch.equal(engine.drawn, Nucleus().sample(engine.logits + engine.absent, controls))
+        assert torch.equal(engine.drawn, Nucleus().sample(engine.logits, controls))
         assert int(engine.tokens) == int(engine.drawn)
+
+
+def test_every_draw_is_settled_as_it_must() -> None:
+    check_settled(Fused(), "cuda")
 
 
 def test_many_requests_come_and_go(plugins: Plugins, tokenizer: Tokenizer) -> None:
@@ -153,19 +159,34 @@ def test_many_requests_come_and_go(plugins: Plugins, tokenizer: Tokenizer) -> No
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_another_length_of_prompt_compiles_nothing(plugins: Plugins, name: str) -> None:
-    from rwkv_backends.kernels import chunk6, chunk7, mixing, vector, wkv6, wkv7
+    from rwkv_backends.kernels import chunk6, chunk7, key, mixing, vector, wkv6, wkv7
     from triton.runtime.jit import JITFunction
 
     def count() -> int:
-        kernels = [k for module in (chunk6, chunk7, mixing, vector, wkv6, wkv7) for k in vars(module).values()]
+        kernels = [k for module in (chunk6, chunk7, key, mixing, vector, wkv6, wkv7) for k in vars(module).values()]
         return sum(len(k.device_caches[0][0]) for k in kernels if isinstance(k, JITFunction))
 
     model = on_gpu(plugins, torch.bfloat16, name)
     forward = Fused().forward(model)
     before = count()
-    for T in (2, 3, 15, 16, 31, 64, 100, 511, 512):
+    for T in (2, 3, 15, 16, 31, 64, 65, 100, 129, 512, 513, 1000):
         forward(torch.tensor([tokens_of(T)], device="cuda"), model.new_state())
     assert count() == before
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_a_whole_chunk_is_one_graph_and_says_what_its_kernels_say(plugins: Plugins, name: str) -> None:
+    model = on_gpu(plugins, torch.bfloat16, name)
+    forward = Fused().forward(model)
+    assert isinstance(forward, CapturedPrompts)
+    tokens = torch.tensor([tokens_of(2 * forward.length + 3)], device="cuda")
+    states, logits = [model.new_state(), model.new_state()], []
+    for run, state in zip((forward, forward.forward), states, strict=True):
+        for piece in tokens.split(forward.length, dim=1):
+            logits.append(run(piece, state))
+    whole, kernels = logits[:3], logits[3:]
+    assert all(map(torch.equal, whole, kernels))
+    assert all(torch.equal(states[0][tensor], states[1][tensor]) for tensor in states[0].tensors)
 
 
 class Waits(Nucleus):
@@ -173,8 +194,8 @@ class Waits(Nucleus):
 
     name = "waits"
 
-    def filter(self, logits: Tensor, controls: Controls) -> Tensor:
-        return super().filter(logits, controls) * float(logits.sum().isfinite())
+    def sample(self, logits: Tensor, controls: Controls) -> Tensor:
+        return super().sample(logits * float(logits.amax().isfinite()), controls)
 
 
 def test_a_sampler_that_waits_runs_beside_the_graph(

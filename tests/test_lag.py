@@ -180,7 +180,7 @@ def prompt_tokens_between_steps(reads: list[tuple[int, int]]) -> Iterator[int]:
 def test_admitting_requests_never_stalls_the_others_by_more_than_a_chunk(
     lag: int, model: Model, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rwkv_runtime.engine.CHUNK", 64)
+    monkeypatch.setattr("rwkv_runtime.engine.chunk_size", lambda device: 64)
     backend = Counting()
     engine = Engine(model, backend, Greedy(), tokenizer, rows=6)
     writing = engine.submit(Request([5], max_tokens=200))
@@ -206,8 +206,8 @@ def test_on_a_gpu_tokens_travel_through_pinned_memory() -> None:
     runtime = tiny_model(device="cuda")
     engine = runtime.engine("nucleus", rows=3)
     assert engine.lag == 1
-    flight = Flight(engine.drawn, [])
-    assert flight._tokens.is_pinned()
+    generations = [engine.check(Request([1])) for _ in range(3)]
+    assert Flight(engine.drawn, generations)._tokens.is_pinned()
     requests = [replace(request, prompt=request.prompt[:20]) for request in REQUESTS if not request.params]
     at_once = Engine(runtime.model, runtime.backend, Nucleus(), runtime.tokenizer, 3, lag=0)
     for a, b in zip(finish(at_once, *requests), finish(engine, *requests), strict=True):

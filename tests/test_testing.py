@@ -49,6 +49,17 @@ def test_a_correct_sampler_passes(sampler):
     assert check_sampler(sampler) is None
 
 
+def test_a_sampler_that_says_it_refuses_bad_rows_must_do_so():
+    class Careless(Floor):
+        refuses = True
+
+        def sample(self, logits, controls):
+            return self.filter(logits, controls).argmax(dim=-1)
+
+    with pytest.raises(AssertionError, match="says that it refuses rows that cannot be drawn from, and draws from one"):
+        check_sampler(Careless())
+
+
 def broken(filter=None, *, sample=None, update=None, runs="graph", params=None):
     """Floor with some of its parts replaced."""
     sampler = Floor()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -12,14 +13,13 @@ from torch import Tensor
 
 from rwkv_backends.graphs import Graphs
 from rwkv_backends.kernels.tuning import Tuning
-from rwkv_runtime import Backend, Forward, Model, Tick, hookimpl
+from rwkv_backends.prompts import CapturedPrompts
+from rwkv_runtime import Backend, Forward, Model, Outcome, Tick, chunk_size, hookimpl
 
 FAMILIES = {name: f"rwkv_backends.kernels.{name}" for name in ("rwkv6", "rwkv7")}
 """The modules that have `forward(model, tuning)` for the architecture of that name."""
 HEAD_SIZES = (16, 32, 64, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-PREFILLS = (2, 17)
-"""Lengths of prompt that between them start every variant of the kernels."""
 CAPABILITY = (8, 0)
 """What the kernels need of a GPU: bfloat16."""
 
@@ -58,14 +58,32 @@ class Fused(Backend):
 
     def forward(self, model: Model) -> Forward:
         family: Callable[[Model, Tuning], Forward] = import_module(FAMILIES[model.architecture.name]).forward
-        forward = family(model, self.tuning)
+        forward = family(model, self.tuning if overlaps(model.device) else replace(self.tuning, overlap=False))
         if model.device.type == "cuda":
-            for length in PREFILLS:  # compiles now, so that a failure shows here; decode steps are compiled by `freeze`
-                forward(torch.zeros(1, length, dtype=torch.int64, device=model.device), model.new_state())
+            # Compiles now, so that a failure shows here; decode steps are compiled by `freeze`.
+            for length in self.tuning.prompts:
+                logits = forward(torch.zeros(1, length, dtype=torch.int64, device=model.device), model.new_state())
+            drawn, *others = (torch.zeros(1, dtype=torch.int64, device=model.device) for _ in range(4))
+            for refused in (False, True):  # not every sampler is part of the step that is frozen
+                self.settle(drawn, logits, refused, Outcome(drawn, *others))
+            return CapturedPrompts(forward, model, self._graphs, chunk_size(model.device))
         return forward
 
     def freeze(self, tick: Tick, buffers: Sequence[Tensor]) -> Tick:
         return self._graphs.capture(tick, buffers) if buffers[0].is_cuda else tick
+
+    def settle(self, token: Tensor, logits: Tensor, refused: bool, outcome: Outcome) -> Tensor:
+        ours = (outcome.drawn.is_cuda and token.is_cuda) or interpreted()
+        if not ours or token.dtype != torch.int64 or token.shape != outcome.drawn.shape:
+            return super().settle(token, logits, refused, outcome)  # a sampler on the host, or one to be complained of
+        from rwkv_backends.kernels import settle
+
+        return settle.settle(token, logits, refused, outcome)
+
+
+def overlaps(device: torch.device) -> bool:
+    """Whether a kernel can start before the one ahead of it has ended: from Hopper on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def interpreted() -> bool:

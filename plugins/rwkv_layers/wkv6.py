@@ -32,8 +32,9 @@ def wkv_chunked(r: Tensor, k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, s: Te
     L = 1
     while L < 32 and L < T:
         L *= 2
-    slab = max(L, (1 << 17) // (B * H * N) // L * L) if r.is_cpu else T
-    out = torch.empty(B, (T + L - 1) // L * L, H, N, dtype=torch.float32, device=r.device)
+    padded = (T + L - 1) // L * L
+    slab = max(L, (1 << 17) // (B * H * N) // L * L) if r.is_cpu else padded
+    out = torch.empty(B, padded, H, N, dtype=torch.float32, device=r.device)
     for start in range(0, T, slab):
         r_, k_, v_, w_ = [_by_chunk(t[:, start : start + slab], L) for t in (r, k, v, log_w)]
         chunks = _chunks(r_, k_, v_, _kept(w_.exp_()), u.repeat(B, 1).unsqueeze(1), s.view(B * H, N, N))

@@ -28,6 +28,7 @@ class Nucleus(Sampler):
         "top_k": Param(0, 0, 1 << 31, "how many of the likeliest tokens are kept", off=0),
     }
     runs = "graph"
+    refuses = True
 
     def filter(self, logits: Tensor, controls: Controls) -> Tensor:
         temperature, top_p, top_k = controls["temperature"], controls["top_p"], controls["top_k"]
@@ -49,8 +50,9 @@ class Nucleus(Sampler):
         return torch.where(end.keys < end.key, (logits - best).div_(divisor), beyond)
 
     def sample(self, logits: Tensor, controls: Controls) -> Tensor:
-        if logits.is_cuda and (kernels := _kernels()):
-            drawn: Tensor = kernels.sample(logits, controls, Packed.of(logits.shape[-1]).unit)
+        # torch.compile makes kernels of its own of the plain way.
+        if logits.is_cuda and not torch.compiler.is_compiling() and (kernels := _kernels()):
+            drawn: Tensor = kernels.sample(logits, controls, *Packed.of(logits.shape[-1]))
             return drawn
         return super().sample(logits, controls)
 

@@ -52,7 +52,8 @@ def check_sampler(sampler: Sampler, *, vocab_size: int = 64) -> None:
     Raises AssertionError with one line for each mistake: a parameter whose default is out of its bounds, or that its
     own `check` refuses; a call that raises; a wrong shape or dtype; NaN, a masked id or nothing at all to draw from;
     logits or controls changed; a row that depends on its batch-mates; draws that do not repeat, or that do not follow
-    `filter`; and, where `runs` is "graph", a call that waits for the host.
+    `filter`; with `refuses`, a draw from a row with NaN or +inf or nothing in it; and, where `runs` is "graph", a call
+    that waits for the host.
     """
     problems = list(_parameter_problems(sampler))
     cases = list(cases_of(sampler, vocab_size)) if not problems else []
@@ -134,6 +135,8 @@ def _play_alone(sampler: Sampler, cases: Sequence[Case]) -> tuple[list[_Played],
         problems = [played.problem]
         if case.kind not in BAD:
             problems += map(partial(_choice_problem, case), played.kept, played.drawn)
+        elif sampler.refuses and any(int(drawn) >= 0 for drawn in played.drawn):
+            problems.append("says that it refuses rows that cannot be drawn from, and draws from one")
         if problem := next(filter(None, problems), None):
             found.setdefault(problem, case)
     return results, [f"{problem} ({case})" for problem, case in found.items()]

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import apart
-from rwkv_backends.kernels import chunk6, mixing, vector, wkv6
+from rwkv_backends.kernels import chunk6, key, mixing, vector, wkv6
 from rwkv_backends.kernels.tuning import Tuning
 from rwkv_layers.linear import Matrix
 from rwkv_layers.matrices import quantize
 from torch import Tensor
 
-TUNING = Tuning(programs=3, tile_rows=4, value_rows=32, lerp_rows=32, lerp_cols=32)
+TUNING = Tuning(
+    overlap=False,
+    programs=3,
+    tile_rows=4,
+    value_rows=16,
+    value_cols=32,
+    lerp_rows=32,
+    lerp_cols=32,
+    lerp_split=20,
+)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.02}
 B, C, V, R, D = 2, 40, 37, 5, 9  # C and the rest are no powers of two
 WIDTH = 70  # of the channel mixing
@@ -75,13 +86,15 @@ def close(dtype: torch.dtype, *pairs: tuple[Tensor, Tensor]) -> None:
 def test_embed(dtype: torch.dtype) -> None:
     draw = Draw(dtype)
     tokens, emb, norm = torch.tensor([3, 0, 36]), draw(V, C), draw.norm()
-    close(dtype, (mixing.embed(tokens, emb, norm), normed(emb[tokens], norm)))
+    close(dtype, (mixing.embed(tokens, emb, norm, TUNING), normed(emb[tokens], norm)))
 
 
-def test_shift_lora(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("rows", [B, 19])
+def test_shift_lora(dtype: torch.dtype, rows: int) -> None:
     draw = Draw(dtype)
-    x, prev, norm, maa, w = draw(B, C), draw(B, C), draw.norm(), draw(C), draw.matrix(5 * R, C)
-    ours = vector.shift_lora(x, prev, norm, maa, w, TUNING)
+    x, prev, norm, maa, w = draw(rows, C), draw(rows, C), draw.norm(), draw(C), draw.matrix(5 * 7, C)
+    few = functools.partial(vector.shift_lora, tuning=TUNING)
+    ours = (few if rows == B else mixing.shift_lora)(x, prev, norm, maa, w)
     e = normed(x, norm)
     dx = shifted(e, prev, 1)
     close(dtype, *zip(ours, (e, dx, (e + dx * maa.double()) @ w.double().t()), strict=True))
@@ -104,6 +117,15 @@ def test_shift_and_lerps(dtype: torch.dtype, T: int) -> None:
     mix = torch.bmm(low, w.double()[:, :R]) + w.double()[:, R:]
     close(dtype, (mixed, e + dx * mix))
     assert torch.equal(prev, ours[0].view(B, T, C)[:, -1])
+
+
+def test_lerps_of_few_rows(dtype: torch.dtype) -> None:
+    draw = Draw(dtype)
+    e, dx, w, lora, prev = draw(B, C), draw(B, C), draw(5, R + 1, C), draw(B, 5 * R), draw(B, C)
+    ours = vector.lerps(lora, e, dx, w, prev, TUNING)
+    low = torch.tanh(lora.double()).view(B, 5, R).transpose(0, 1)
+    close(dtype, (ours, e + dx * (torch.bmm(low, w.double()[:, :R]) + w.double()[:, R:])))
+    assert torch.equal(prev, e)
 
 
 def test_kvrg(dtype: torch.dtype, int8: bool) -> None:
@@ -146,6 +168,17 @@ def test_relu_squared(dtype: torch.dtype) -> None:
     close(dtype, (k, twin))
 
 
+@pytest.mark.parametrize("rows", [3, 65])
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+def test_the_key_matrix_and_the_square_of_it(half: torch.dtype, rows: int) -> None:
+    """In one kernel and in two."""
+    draw = Draw(half)
+    x, w = draw(rows, C), draw.matrix(WIDTH, C)
+    twin = torch.relu(x.double() @ w.double().t()) ** 2
+    for most in (rows - 1, rows):
+        close(torch.bfloat16, (key.squared(x, Matrix(w, None), Tuning(key_rows=most)), twin))
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_channel_mixing_of_few_rows(dtype: torch.dtype, share: float, int8: bool) -> None:
     """Whatever share of the inputs of the value matrix is zero."""
@@ -164,8 +197,10 @@ def test_channel_mixing_of_few_rows(dtype: torch.dtype, share: float, int8: bool
     last, k, r = ours
     k *= kept
     twin = (x.double() + r.double() * (k.double() @ value_w.t())) * 0.5
-    vector.add_value(k, r, Matrix(value.t().contiguous(), scale), last, x, prev, 0.5, TUNING)
+    arrived = vector.arrivals(x, C, TUNING)
+    vector.add_value(k, r, Matrix(value.t().contiguous(), scale), last, x, prev, 0.5, arrived, TUNING)
     close(dtype, (x, twin))
+    assert not arrived.any()
     assert torch.equal(prev, last)
 
 
@@ -175,7 +210,8 @@ def test_weights_of_zero_inputs_are_not_read() -> None:
     k, r, x, prev = draw(1, WIDTH).relu(), draw(1, C), draw(1, C), draw(1, C)
     value = draw(WIDTH, C)
     value[k[0] == 0] = torch.nan
-    vector.add_value(k, r, Matrix(value, None), x.clone(), x, prev, 1.0, TUNING)
+    arrived = vector.arrivals(x, C, TUNING)
+    vector.add_value(k, r, Matrix(value, None), x.clone(), x, prev, 1.0, arrived, TUNING)
     assert bool(x.isfinite().all())
 
 
@@ -218,44 +254,48 @@ def test_one_token_through_the_wkv(dtype: torch.dtype, decay: str, N: int) -> No
     decays = torch.exp(-torch.exp(raw.double() + torch.tanh(low.double()) @ w.double().t()))
     o, end = recurrence(kvrg, decays, u, kv[:B])
     spare = kv[B].clone()
-    out = wkv6.wkv(kvrg, low, w, raw, u, norm, kv[:B], draw(1))
+    out = wkv6.wkv(kvrg, low, w, raw, u, norm, kv[:B], draw(1), TUNING)
     close(dtype, (out, gated(o, kvrg[3], norm)), (kv[:B], end))
     assert out.dtype == dtype
     assert torch.equal(kv[B], spare)
 
 
-@pytest.mark.parametrize("T", [2, 16, 17, 50])
+@pytest.mark.parametrize("T", [2, 16, 50])
 @pytest.mark.parametrize("decay", sorted(DECAYS))
 def test_many_tokens_through_the_wkv(decay: str, T: int) -> None:
     draw, H, N = Draw(torch.float32), 2, 32
-    kvrg, u, kv = draw(4, B * T, H * N), draw(H, N), draw(B, H, N, N)
+    kvrg, u, norm, kv = draw(4, B * T, H * N), draw(H, N), (draw(H, N), draw(H, N)), draw(B + 1, H, N, N)
     raw = torch.empty(B * T, H * N).uniform_(*DECAYS[decay], generator=draw.generator)
     w = torch.exp(-torch.exp(raw))
-    o, end = recurrence(kvrg, w, u, kv)
-    out = chunk6.wkv_chunked(kvrg, w, u, kv, Tuning(state_cols=16))
-    close(torch.float32, (out, o), (kv, end))
+    o, end = recurrence(kvrg, w, u, kv[:B])
+    spare = kv[B].clone()
+    out = chunk6.wkv(kvrg, w, u, norm, kv[:B], kvrg, Tuning(span=32))
+    close(torch.float32, (out, gated(o, kvrg[3], norm)), (kv[:B], end))
+    assert torch.equal(kv[B], spare)
 
 
-def test_chunks_of_any_length_and_halves_give_the_same() -> None:
-    draw, H, N, T = Draw(torch.bfloat16), 1, 16, 70
-    kvrg, u, kv = draw(4, T, N), draw(H, N, dtype=torch.float32), draw(1, H, N, N, dtype=torch.float32)
+@pytest.mark.parametrize("tuning", [Tuning(), Tuning(chunk=32), Tuning(span=16)], ids=["usual", "long", "short"])
+def test_chunks_and_spans_of_any_length_and_halves_give_the_same(tuning: Tuning) -> None:
+    draw, H, N, T = Draw(torch.bfloat16), 1, 16, 140
+    full = torch.float32
+    kvrg, u, kv = draw(4, T, N), draw(H, N, dtype=full), draw(1, H, N, N, dtype=full)
+    norm = draw(H, N, dtype=full), draw(H, N, dtype=full)
     w = torch.exp(-torch.exp(torch.empty(T, N).uniform_(-8, 3, generator=draw.generator)))
     o, end = recurrence(kvrg, w, u, kv)
-    for chunk in (16, 32):
-        state = kv.clone()
-        out = chunk6.wkv_chunked(kvrg, w, u, state, Tuning(chunk=chunk))
-        assert out.dtype == torch.float32
-        close(torch.float32, (out, o), (state, end))  # half inputs are computed in float32
+    out = chunk6.wkv(kvrg, w, u, norm, kv, kv, tuning)
+    assert out.dtype == full
+    close(full, (out, gated(o, kvrg[3], norm)), (kv, end))  # half inputs are computed in float32
+    assert chunk6.wkv(kvrg, w, u, norm, kv, kvrg, tuning).dtype == torch.bfloat16
 
 
 def test_a_decay_of_zero_forgets_all_and_of_one_keeps_all() -> None:
-    draw, N, T = Draw(torch.float32), 16, 20
-    kvrg, u, kv = draw(4, T, N), draw(1, N), draw(1, 1, N, N)
+    draw, N, T = Draw(torch.float32), 16, 40
+    kvrg, u, norm, kv = draw(4, T, N), draw(1, N), (draw(1, N), draw(1, N)), draw(1, 1, N, N)
     k, v = kvrg[0], kvrg[1]
     start = kv.clone()
-    chunk6.wkv_chunked(kvrg, torch.zeros(T, N), u, kv, Tuning())
+    chunk6.wkv(kvrg, torch.zeros(T, N), u, norm, kv, kvrg, Tuning(span=32))
     torch.testing.assert_close(kv[0, 0], torch.outer(k[-1], v[-1]))
-    chunk6.wkv_chunked(kvrg, torch.ones(T, N), u, start.copy_(kv), Tuning())
+    chunk6.wkv(kvrg, torch.ones(T, N), u, norm, start.copy_(kv), kvrg, Tuning(span=32))
     torch.testing.assert_close(start, kv + k.t() @ v)
 
 
@@ -266,12 +306,3 @@ def test_decays(dtype: torch.dtype) -> None:
     ours = chunk6.decays(low, w, decay, TUNING)
     assert ours.dtype == torch.float32
     close(dtype, (ours, twin))
-
-
-def test_norm_gate(dtype: torch.dtype) -> None:
-    draw, M, H, N = Draw(dtype), 3, 3, 16
-    full = torch.float32
-    o, g, norm = draw(M, H * N, dtype=full), draw(M, H * N), (draw(H, N, dtype=full), draw(H, N, dtype=full))
-    out = chunk6.norm_gate(o, g, norm, g)
-    assert out.dtype == dtype
-    close(dtype, (out, gated(o.double(), g, norm)))

@@ -23,7 +23,7 @@ def both(logits: Tensor, **params: list[float]) -> tuple[list[int], list[int]]:
     controls.seed.copy_(torch.randint(-(1 << 62), 1 << 62, (B, 1), generator=generator))
     controls.position.copy_(torch.randint(1 << 40, (B, 1), generator=generator))
     plain = Controls.draw(controls, Nucleus().filter(logits, controls))
-    return plain.tolist(), kernels.sample(logits, controls, Packed.of(V).unit).tolist()
+    return plain.tolist(), kernels.sample(logits, controls, *Packed.of(V)).tolist()
 
 
 @pytest.mark.parametrize("V", [1, 7, 257, 4096, 9000])
@@ -35,6 +35,26 @@ def test_the_same_tokens_as_the_plain_draw(V: int, spread: float) -> None:
     logits[::2] = logits[::2].round()  # many ties
     p, t, k = (list(values) for values in zip(*settings, strict=True))
     plain, fast = both(logits, top_p=p, temperature=t, top_k=k)
+    assert fast == plain
+
+
+@pytest.mark.parametrize("programs", [1, 90])
+def test_the_same_tokens_however_many_programs_share_a_row(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One, or two: the second has the fewer blocks."""
+    monkeypatch.setattr(kernels, "PROGRAMS", programs)
+    logits = torch.randn(40, 9000, generator=torch.Generator().manual_seed(3)) * 2
+    logits[::2] = logits[::2].round()
+    plain, fast = both(logits, top_p=[0.1, 0.5, 0.9, 1.0] * 10, top_k=[0] * 20 + [1, 2, 3, 50, 500] * 4)
+    assert fast == plain
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.05, 0.3, 1.0])
+def test_blocks_that_noise_cannot_lift_are_not_missed(temperature: float) -> None:
+    """The only likely tokens are in one block or two."""
+    logits = torch.randn(20, 9000, generator=torch.Generator().manual_seed(5))
+    logits[:, 5000:5010] += 12.0
+    logits[10:, 20] = 14.0
+    plain, fast = both(logits, temperature=[temperature] * 20, top_p=[0.97] * 20)
     assert fast == plain
 
 

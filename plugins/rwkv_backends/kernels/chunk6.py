@@ -1,14 +1,16 @@
-"""Many tokens through RWKV-6's WKV, a chunk of L at a time.
+"""Many tokens through RWKV-6's WKV, all spans of a prompt at once.
 
     o_t = r_t (S + u * k_t^T v_t)        S <- diag(w_t) S + k_t^T v_t
 
-What the tokens of a chunk see of each other needs no state: all chunks at once. Then one program for each head and
-block of the state's columns goes through the chunks in turn. Decays are only ever multiplied, each at most 1, never
-divided: nothing overflows and nothing cancels, however strong they are. All arithmetic is float32.
+What the L tokens of a chunk see of each other needs no state: all chunks at once. Nor does what a span of chunks adds
+to the state, and the share of it that it keeps: all spans at once. Carrying the state through the spans is then one
+product and one sum an entry. From the state that it starts from, each span is worked out by itself, a chunk at a time,
+with the norm and the gate that follow. Decays are only ever
+multiplied, each at most 1, never divided: nothing overflows and nothing cancels, however strong they are. All
+arithmetic is float32; "tf32x3" keeps its precision on tensor cores, in three products of parts.
 Annotations are real types, not strings: Triton reads them.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -34,8 +36,8 @@ def decays_kernel(low_ptr, w_ptr, decay_ptr, out_ptr, M, D: tl.constexpr, C: tl.
 
 
 @triton.jit(do_not_specialize=["M", "T"])
-def within_kernel(kvrg_ptr, w_ptr, u_ptr, r_ptr, k_ptr, kept_ptr, out_ptr, M, T, H, N: tl.constexpr,
-                  L: tl.constexpr):  # fmt: skip
+def pairs_kernel(kvrg_ptr, w_ptr, u_ptr, scores_ptr, M, T, H, N: tl.constexpr, L: tl.constexpr):
+    """What each token of a chunk sees of those before it, and of itself by the bonus: [L, L] a chunk."""
     c, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     C = H * N
     i = tl.arange(0, L)
@@ -43,72 +45,95 @@ def within_kernel(kvrg_ptr, w_ptr, u_ptr, r_ptr, k_ptr, kept_ptr, out_ptr, M, T,
     start = b * T + c * L
     count = T - c * L  # tokens from the start of this chunk on
     own = i[:, None] * C + h * N + n[None, :]
-    at = start * C + own
     mask = (i < count)[:, None] & (n < N)[None, :]
-    k = tl.load(kvrg_ptr + at, mask=mask, other=0.0).to(tl.float32)  # [L, N]
-    v = tl.load(kvrg_ptr + (M + start) * C + own, mask=mask, other=0.0).to(tl.float32)
-    r_from = kvrg_ptr + (2 * M + start) * C + h * N + n
+    k = tl.load(kvrg_ptr + start * C + own, mask=mask, other=0.0).to(tl.float32)  # [L, N]
     r = tl.load(kvrg_ptr + (2 * M + start) * C + own, mask=mask, other=0.0).to(tl.float32)
     bonus = tl.sum(r * tl.load(u_ptr + h * N + n)[None, :] * k, 1)
     scores = tl.where(i[:, None] == i[None, :], bonus[:, None], 0.0)  # [of token, from token]
-    kept = tl.full((N,), 1.0, tl.float32)
+    w_at, r_at = w_ptr + start * C + h * N + n, kvrg_ptr + (2 * M + start) * C + h * N + n
+    first = n < tl.where(count > 0, N, 0)
+    w_t = tl.load(w_at, mask=first, other=1.0)
+    r_t = tl.load(r_at, mask=first, other=0.0).to(tl.float32)
     for t in range(L):
-        row = (start + t) * C + h * N + n
-        live = n < tl.where(t < count, N, 0)
-        w_t = tl.load(w_ptr + row, mask=live, other=1.0)
-        r_t = tl.load(r_from + t * C, mask=live, other=0.0).to(tl.float32)
+        here = n < tl.where(t + 1 < tl.minimum(count, L), N, 0)
+        w_next = tl.load(w_at + (t + 1) * C, mask=here, other=1.0)  # on its way while this token is worked on
+        r_next = tl.load(r_at + (t + 1) * C, mask=here, other=0.0).to(tl.float32)
         seen = tl.sum(k * r_t[None, :], 1)  # k as it stands before token t
         scores = tl.where((i[:, None] == t) & (i[None, :] < t), seen[None, :], scores)
-        tl.store(r_ptr + row, r_t * kept, mask=live)
-        kept *= w_t
         k = tl.where((i < t)[:, None], k * w_t[None, :], k)
-    tl.store(k_ptr + at, k, mask=mask)
-    tl.store(kept_ptr + ((b * tl.num_programs(0) + c) * H + h) * N + n, kept)
-    tl.store(out_ptr + at, tl.dot(scores, v, input_precision="ieee"), mask=mask)
+        w_t, r_t = w_next, r_next
+    at = ((b * tl.num_programs(0) + c) * H + h) * L * L
+    tl.store(scores_ptr + at + i[:, None] * L + i[None, :], scores)
 
 
-@triton.jit(do_not_specialize=["M", "T"])
-def through_kernel(kvrg_ptr, r_ptr, k_ptr, kept_ptr, kv_ptr, out_ptr, M, T, H, N: tl.constexpr, L: tl.constexpr,
-                   COLS: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["M", "T", "slots"])
+def added_kernel(kvrg_ptr, w_ptr, states_ptr, kept_ptr, M, T, slots, H, N: tl.constexpr, SPAN: tl.constexpr):
+    """What a whole span adds to the state, into the slot of the next span, and the share of the state that it keeps."""
+    c, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    C = H * N
+    i = tl.arange(0, SPAN)
+    n = tl.arange(0, N)
+    own = i[:, None] * C + h * N + n[None, :]
+    start = b * T + c * SPAN
+    k = tl.load(kvrg_ptr + start * C + own).to(tl.float32)  # [SPAN, N]
+    v = tl.load(kvrg_ptr + (M + start) * C + own).to(tl.float32)
+    following = tl.load(w_ptr + (start + 1) * C + own, mask=(i < SPAN - 1)[:, None], other=1.0)
+    after = tl.cumprod(following, 0, reverse=True)  # all decays that come after each token
+    kept = tl.load(w_ptr + start * C + h * N + n) * tl.sum(tl.where(i[:, None] == 0, after, 0.0), 0)
+    slot = (b * slots + c + 1) * H + h
+    tl.store(kept_ptr + slot * N + n, kept)
+    at = states_ptr + slot * N * N + n[:, None] * N + n[None, :]
+    tl.store(at, tl.dot(tl.trans(k * after), v, input_precision="tf32x3"))
+
+
+@triton.jit(do_not_specialize=["slots"])
+def carry_kernel(kv_ptr, kept_ptr, states_ptr, slots, H, N: tl.constexpr, BLOCK: tl.constexpr):
+    """What each span adds becomes the state that the next one starts from, all entries of all states at once."""
     b, h = tl.program_id(0).to(tl.int64) // H, tl.program_id(0) % H
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    s = tl.load(kv_ptr + (b * H + h) * N * N + at)
+    slot = b * slots * H + h
+    tl.store(states_ptr + slot * N * N + at, s)
+    for _ in tl.range(1, slots, num_stages=4):
+        slot += H
+        s = s * tl.load(kept_ptr + slot * N + at // N) + tl.load(states_ptr + slot * N * N + at)
+        tl.store(states_ptr + slot * N * N + at, s)
+
+
+@triton.jit(do_not_specialize=["M", "T", "slots"])
+def outputs_kernel(kvrg_ptr, w_ptr, scores_ptr, weight_ptr, bias_ptr, states_ptr, kv_ptr, out_ptr, M, T, slots, H,
+                   N: tl.constexpr, SPAN: tl.constexpr, L: tl.constexpr):  # fmt: skip
+    """A span from the state it starts from, L tokens at a time. The last span leaves its end in kv."""
+    c, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     C = H * N
     i = tl.arange(0, L)
     n = tl.arange(0, N)
-    v = tl.program_id(1) * COLS + tl.arange(0, COLS)
-    kv_at = kv_ptr + (b * H + h) * N * N + n[:, None] * N + v[None, :]
-    s = tl.load(kv_at)  # [N, COLS]
-    chunks = tl.cdiv(T, L)
-    for c in range(chunks):
-        live = c * L + i < T
-        token = b * T + c * L + i
-        row = token * C + h * N
-        r = tl.load(r_ptr + row[:, None] + n[None, :], mask=live[:, None], other=0.0)
-        out = tl.load(out_ptr + row[:, None] + v[None, :], mask=live[:, None], other=0.0)
-        out += tl.dot(r, s, input_precision="ieee")
-        tl.store(out_ptr + row[:, None] + v[None, :], out, mask=live[:, None])
-        k = tl.load(k_ptr + row[None, :] + n[:, None], mask=live[None, :], other=0.0)  # [N, L]
-        value_at = (M + token)[:, None] * C + h * N + v[None, :]
-        value = tl.load(kvrg_ptr + value_at, mask=live[:, None], other=0.0).to(tl.float32)
-        kept = tl.load(kept_ptr + ((b * chunks + c) * H + h) * N + n)
-        s = s * kept[:, None] + tl.dot(k, value, input_precision="ieee")
-    tl.store(kv_at, s)
-
-
-@triton.jit
-def norm_gate_kernel(o_ptr, g_ptr, weight_ptr, bias_ptr, out_ptr, H, N: tl.constexpr, HEADS: tl.constexpr):
-    m = tl.program_id(0).to(tl.int64)
-    h = tl.arange(0, HEADS)
-    n = tl.arange(0, N)
-    own = h[:, None] * N + n[None, :]
-    mask = (h < H)[:, None] & (n < N)[None, :]
-    at = m * H * N + own
-    o = tl.load(o_ptr + at, mask=mask, other=0.0)
-    g = tl.load(g_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    apart = o - (tl.sum(o, 1) / N)[:, None]
-    normed = apart * tl.rsqrt(tl.sum(apart * apart, 1) / N + 64e-5)[:, None]
-    weight = tl.load(weight_ptr + own, mask=mask, other=0.0)
-    bias = tl.load(bias_ptr + own, mask=mask, other=0.0)
-    store(out_ptr + at, (normed * weight + bias) * g * tl.sigmoid(g), mask)
+    own = i[:, None] * C + h * N + n[None, :]
+    square = n[:, None] * N + n[None, :]
+    weight, bias = tl.load(weight_ptr + h * N + n), tl.load(bias_ptr + h * N + n)
+    s = tl.load(states_ptr + ((b * slots + c) * H + h) * N * N + square)  # [K, V]
+    for done in range(c * SPAN, tl.minimum((c + 1) * SPAN, T), L):
+        start = b * T + done
+        live = i < T - done
+        mask = live[:, None] & (n < N)[None, :]
+        k = tl.load(kvrg_ptr + start * C + own, mask=mask, other=0.0).to(tl.float32)  # [L, N]
+        v = tl.load(kvrg_ptr + (M + start) * C + own, mask=mask, other=0.0).to(tl.float32)
+        r = tl.load(kvrg_ptr + (2 * M + start) * C + own, mask=mask, other=0.0).to(tl.float32)
+        earlier = tl.load(w_ptr + (start - 1) * C + own, mask=mask & (i > 0)[:, None], other=1.0)
+        later = tl.load(w_ptr + (start + 1) * C + own, mask=(i + 1 < tl.minimum(T - done, L))[:, None], other=1.0)
+        before, after = tl.cumprod(earlier, 0), tl.cumprod(later, 0, reverse=True)  # decays to each end of the chunk
+        kept = tl.load(w_ptr + start * C + h * N + n) * tl.sum(tl.where(i[:, None] == 0, after, 0.0), 0)
+        scores_at = scores_ptr + ((b * tl.cdiv(T, L) + done // L) * H + h) * L * L
+        scores = tl.load(scores_at + i[:, None] * L + i[None, :])
+        o = tl.dot(scores, v, input_precision="tf32x3")
+        o += tl.dot(r * before, s, input_precision="tf32x3")
+        s = s * kept[:, None] + tl.dot(tl.trans(k * after), v, input_precision="tf32x3")
+        apart = o - (tl.sum(o, 1) / N)[:, None]
+        normed = apart * tl.rsqrt(tl.sum(apart * apart, 1) / N + 64e-5)[:, None]
+        g = tl.load(kvrg_ptr + (3 * M + start) * C + own, mask=mask, other=0.0).to(tl.float32)
+        store(out_ptr + start * C + own, (normed * weight[None, :] + bias[None, :]) * g * tl.sigmoid(g), mask)
+    if c == slots - 1:
+        tl.store(kv_ptr + (b * H + h) * N * N + square, s)
 
 
 def decays(low: Tensor, w: Tensor, decay: Tensor, tuning: Tuning) -> Tensor:
@@ -121,28 +146,30 @@ def decays(low: Tensor, w: Tensor, decay: Tensor, tuning: Tuning) -> Tensor:
     return out
 
 
-def wkv_chunked(kvrg: Tensor, w: Tensor, u: Tensor, kv: Tensor, tuning: Tuning) -> Tensor:
-    """kvrg [4, M, C], w float32 [M, C], u [H, N], kv float32 [B, H, K, V], updated in place -> float32 [M, C].
+def wkv(
+    kvrg: Tensor, w: Tensor, u: Tensor, norm: tuple[Tensor, Tensor], kv: Tensor, like: Tensor, tuning: Tuning
+) -> Tensor:
+    """kvrg [4, M, C], w float32 [M, C]; u and both of norm [H, N] -> LN_head(o) silu(g) [M, C], of the dtype of `like`.
 
-    The rows of kv are contiguous: one layer of a state, or of a view of its rows.
+    kv float32 [B, H, K, V] is updated in place; its rows are contiguous: one layer of a state, or of a view of its
+    rows.
     """
-    M = kvrg.shape[1]
+    _, M, C = kvrg.shape
     B, H, N, _ = kv.shape
-    T, L = M // B, tuning.chunk
-    r, k, out = (torch.empty_like(w) for _ in range(3))
-    chunks = triton.cdiv(T, L)
-    kept = w.new_empty(B, chunks, H, N)
-    within_kernel[chunks, H, B](kvrg, w, u, r, k, kept, out, M, T, H, N, L, num_warps=2)
-    cols = min(tuning.state_cols, N)
-    through_kernel[B * H, N // cols](kvrg, r, k, kept, kv, out, M, T, H, N, L, cols)
-    return out
-
-
-def norm_gate(o: Tensor, g: Tensor, norm: tuple[Tensor, Tensor], like: Tensor) -> Tensor:
-    """LN_head(o) silu(g) [M, C], of the dtype of `like`: o float32 [M, C], g [M, C], both of norm [H, N]."""
-    M, C = o.shape
-    H, N = norm[0].shape
+    T, span, L = M // B, tuning.span, tuning.chunk
+    chunks, slots = triton.cdiv(T, L), triton.cdiv(T, span)
+    scores = kv.new_empty(B, chunks, H, L, L)
+    pairs_kernel[chunks, H, B](kvrg, w, u, scores, M, T, H, N, L, num_warps=1)
+    states = kv  # what each span starts from
+    if slots > 1:
+        states, kept = kv.new_empty(B, slots, H, N, N), kv.new_empty(B, slots, H, N)
+        added_kernel[slots - 1, H, B](kvrg, w, states, kept, M, T, slots, H, N, span, num_warps=max(1, N // 16))
+        block = min(N * N, 512)
+        carry_kernel[B * H, N * N // block](kv, kept, states, slots, H, N, block)
     out = like.new_empty(M, C)
-    heads = triton.next_power_of_2(H)
-    norm_gate_kernel[M,](o, g, *norm, out, H, N, heads, num_warps=max(1, min(8, heads * N // 512)))
+    stages = 2 if N < 128 else 1  # loads under way take shared memory, of which large heads leave little
+    outputs_kernel[slots, H, B](
+        kvrg, w, scores, *norm, states, kv, out, M, T, slots, H, N, span, L,
+        num_warps=max(1, N // 16), num_stages=stages,
+    )  # fmt: skip
     return out

@@ -7,9 +7,11 @@ rule: Yang et al., arXiv:2406.06484):
 
     u = U S_0 + u_own        o = O S_0 + o_own        S_L = diag(w_1 ... w_L) S_0 + K^T v + B^T u
 
-U, O, K, B [L, N] and what is their own need no state: all chunks at once. Then one program for each head and block of
-the state's columns goes through the chunks in turn. Decays are only ever multiplied, each at most 1, never divided.
-All arithmetic is float32. Annotations are real types, not strings: Triton reads them.
+U, O, K, B [L, N] and what is their own need no state: all chunks at once. A span of chunks makes P S + Q of a state S,
+and P and Q [N, N] need none either: all spans at once. Carrying the state through the spans is then one product each,
+and from the state that it starts from each span is worked out by itself. Decays are only ever multiplied, each at most
+1, never divided. All arithmetic is float32; "tf32x3" keeps its precision on tensor cores, in three products of parts.
+Annotations are real types, not strings: Triton reads them.
 """
 
 import torch
@@ -59,44 +61,94 @@ def within_kernel(r_ptr, w_ptr, k_ptr, v_ptr, a_ptr, b_ptr, u_ptr, o_ptr, kept_p
         r_kept = tl.where(here, (r_t * kept)[None, :], r_kept)
         r_k = tl.where(here, tl.where(i <= t, tl.sum(k * r_t[None, :], 1), 0.0)[None, :], r_k)
         r_b = tl.where(here, tl.where(i <= t, tl.sum(b * r_t[None, :], 1), 0.0)[None, :], r_b)
-    u_own = tl.dot(solved, tl.dot(a_k, v, input_precision="ieee"), input_precision="ieee")
-    u = tl.dot(solved, a_kept, input_precision="ieee")
-    o_own = tl.dot(r_k, v, input_precision="ieee") + tl.dot(r_b, u_own, input_precision="ieee")
+    u_own = tl.dot(solved, tl.dot(a_k, v, input_precision="tf32x3"), input_precision="tf32x3")
+    u = tl.dot(solved, a_kept, input_precision="tf32x3")
+    o_own = tl.dot(r_k, v, input_precision="tf32x3") + tl.dot(r_b, u_own, input_precision="tf32x3")
     tl.store(k_ptr + at, k, mask=mask)
     tl.store(b_ptr + at, b, mask=mask)
     tl.store(u_ptr + at, u, mask=mask)
-    tl.store(o_ptr + at, r_kept + tl.dot(r_b, u, input_precision="ieee"), mask=mask)
+    tl.store(o_ptr + at, r_kept + tl.dot(r_b, u, input_precision="tf32x3"), mask=mask)
     tl.store(kept_ptr + ((batch * tl.num_programs(0) + c) * H + h) * N + n, kept)
     tl.store(u_own_ptr + at, u_own, mask=mask)
     tl.store(o_own_ptr + at, o_own, mask=mask)
 
 
-@triton.jit(do_not_specialize=["T"])
-def through_kernel(u_ptr, o_ptr, k_ptr, b_ptr, v_ptr, kept_ptr, u_own_ptr, kv_ptr, out_ptr, T, H, N: tl.constexpr,
-                   L: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
-    batch, h = tl.program_id(0).to(tl.int64) // H, tl.program_id(0) % H
+@triton.jit(do_not_specialize=["T", "slots"])
+def spans_kernel(u_ptr, k_ptr, b_ptr, v_ptr, kept_ptr, u_own_ptr, factors_ptr, added_ptr, T, slots, H,
+                 N: tl.constexpr, L: tl.constexpr, STEPS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
+    """A whole span makes of S: P S + Q. Both into the slots of the next span: P [N, N] of factors, Q of added."""
+    c, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    blocks: tl.constexpr = 2 * N // COLS
+    h, block = tl.program_id(1) // blocks, tl.program_id(1) % blocks
+    own = block * COLS >= N  # the first half of the programs starts from 1 and adds nothing
     C = H * N
     i = tl.arange(0, L)
     n = tl.arange(0, N)
-    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
-    kv_at = kv_ptr + (batch * H + h) * N * N + n[:, None] * N + cols[None, :]
-    s = tl.load(kv_at)  # [N, COLS]
+    cols = (block * COLS) % N + tl.arange(0, COLS)
+    s = tl.where((n[:, None] == cols[None, :]) & (block * COLS < N), 1.0, 0.0)  # [N, COLS]
+    adds = cols < tl.where(own, N, 0)
     chunks = tl.cdiv(T, L)
-    for c in range(chunks):
-        live = c * L + i < T
-        row = (batch * T + c * L + i) * C + h * N
+    for step in range(STEPS):
+        chunk = c * STEPS + step
+        row = (batch * T + chunk * L + i) * C + h * N
+        wide, tall, here = row[:, None] + n[None, :], row[None, :] + n[:, None], row[:, None] + cols[None, :]
+        u = tl.load(u_own_ptr + here, mask=adds[None, :], other=0.0)
+        u += tl.dot(tl.load(u_ptr + wide), s, input_precision="tf32x3")
+        k, b = tl.load(k_ptr + tall), tl.load(b_ptr + tall)  # [N, L]
+        v = tl.load(v_ptr + here, mask=adds[None, :], other=0.0)
+        kept = tl.load(kept_ptr + ((batch * chunks + chunk) * H + h) * N + n)
+        s = s * kept[:, None] + tl.dot(k, v, input_precision="tf32x3") + tl.dot(b, u, input_precision="tf32x3")
+    to_ptr = added_ptr if own else factors_ptr
+    tl.store(to_ptr + ((batch * slots + c + 1) * H + h) * N * N + n[:, None] * N + cols[None, :], s)
+
+
+@triton.jit(do_not_specialize=["slots"])
+def carry_kernel(kv_ptr, factors_ptr, states_ptr, slots, H, N: tl.constexpr, COLS: tl.constexpr):
+    """What each span adds becomes the state that the next one starts from."""
+    batch, h = tl.program_id(0).to(tl.int64) // H, tl.program_id(0) % H
+    n = tl.arange(0, N)
+    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    at, square = n[:, None] * N + cols[None, :], n[:, None] * N + n[None, :]
+    s = tl.load(kv_ptr + (batch * H + h) * N * N + at)  # [N, COLS]
+    first = (batch * slots * H + h) * N * N
+    tl.store(states_ptr + first + at, s)
+    for c in range(1, slots):
+        slot = first + c * H * N * N
+        factor = tl.load(factors_ptr + slot + square)
+        s = tl.load(states_ptr + slot + at) + tl.dot(factor, s, input_precision="tf32x3")
+        tl.store(states_ptr + slot + at, s)
+
+
+@triton.jit(do_not_specialize=["T", "slots"])
+def through_kernel(u_ptr, o_ptr, k_ptr, b_ptr, v_ptr, kept_ptr, u_own_ptr, states_ptr, kv_ptr, out_ptr, T, slots, H,
+                   N: tl.constexpr, L: tl.constexpr, STEPS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
+    """A span from the state it starts from, a chunk at a time. The last span leaves its end in kv."""
+    c, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    blocks: tl.constexpr = N // COLS
+    h, block = tl.program_id(1) // blocks, tl.program_id(1) % blocks
+    C = H * N
+    i = tl.arange(0, L)
+    n = tl.arange(0, N)
+    cols = block * COLS + tl.arange(0, COLS)
+    at = n[:, None] * N + cols[None, :]
+    s = tl.load(states_ptr + ((batch * slots + c) * H + h) * N * N + at)  # [N, COLS]
+    chunks = tl.cdiv(T, L)
+    for chunk in range(c * STEPS, tl.minimum((c + 1) * STEPS, chunks)):
+        live = chunk * L + i < T
+        row = (batch * T + chunk * L + i) * C + h * N
         wide, tall, own = row[:, None] + n[None, :], row[None, :] + n[:, None], row[:, None] + cols[None, :]
         u = tl.load(u_own_ptr + own, mask=live[:, None], other=0.0)
-        u += tl.dot(tl.load(u_ptr + wide, mask=live[:, None], other=0.0), s, input_precision="ieee")
+        u += tl.dot(tl.load(u_ptr + wide, mask=live[:, None], other=0.0), s, input_precision="tf32x3")
         out = tl.load(out_ptr + own, mask=live[:, None], other=0.0)
-        out += tl.dot(tl.load(o_ptr + wide, mask=live[:, None], other=0.0), s, input_precision="ieee")
+        out += tl.dot(tl.load(o_ptr + wide, mask=live[:, None], other=0.0), s, input_precision="tf32x3")
         tl.store(out_ptr + own, out, mask=live[:, None])
         k = tl.load(k_ptr + tall, mask=live[None, :], other=0.0)  # [N, L]
         b = tl.load(b_ptr + tall, mask=live[None, :], other=0.0)
         v = tl.load(v_ptr + own, mask=live[:, None], other=0.0)
-        kept = tl.load(kept_ptr + ((batch * chunks + c) * H + h) * N + n)
-        s = s * kept[:, None] + tl.dot(k, v, input_precision="ieee") + tl.dot(b, u, input_precision="ieee")
-    tl.store(kv_at, s)
+        kept = tl.load(kept_ptr + ((batch * chunks + chunk) * H + h) * N + n)
+        s = s * kept[:, None] + tl.dot(k, v, input_precision="tf32x3") + tl.dot(b, u, input_precision="tf32x3")
+    if c == slots - 1:
+        tl.store(kv_ptr + (batch * H + h) * N * N + at, s)
 
 
 def wkv_chunked(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, kv: Tensor, tuning: Tuning) -> Tensor:
@@ -106,11 +158,18 @@ def wkv_chunked(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor
     """
     M = len(w)
     B, H, N, _ = kv.shape
-    T, L = M // B, tuning.chunk
+    T, L, steps = M // B, tuning.chunk, tuning.span // tuning.chunk
     u, o, u_own, out = (torch.empty_like(w) for _ in range(4))
-    chunks = triton.cdiv(T, L)
+    chunks, slots = triton.cdiv(T, L), triton.cdiv(T, tuning.span)
     kept = w.new_empty(B, chunks, H, N)
     within_kernel[chunks, H, B](r, w, k, v, a, b, u, o, kept, u_own, out, T, H, N, L)
     cols = min(tuning.state_cols, N)
-    through_kernel[B * H, N // cols](u, o, k, b, v, kept, u_own, kv, out, T, H, N, L, cols)
+    states = kv  # what each span starts from
+    if slots > 1:
+        factors, states = kv.new_empty(2, B, slots, H, N, N)
+        grid = slots - 1, H * 2 * N // cols, B
+        spans_kernel[grid](u, k, b, v, kept, u_own, factors, states, T, slots, H, N, L, steps, cols)
+        carry_kernel[B * H, N // 16](kv, factors, states, slots, H, N, 16)
+    grid = slots, H * N // cols, B
+    through_kernel[grid](u, o, k, b, v, kept, u_own, states, kv, out, T, slots, H, N, L, steps, cols)
     return out

@@ -2,6 +2,22 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def let_next_begin(OVERLAP: tl.constexpr):
+    """The next kernel may start while this one runs, as far as its own `wait_for_earlier`."""
+    if OVERLAP:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_earlier(OVERLAP: tl.constexpr):
+    """Until all kernels before this one are done. Only weights, and what this step has not written, may be read before;
+    nothing may be written."""
+    if OVERLAP:
+        gdc_wait()
 
 
 @triton.jit
@@ -12,12 +28,24 @@ def tanh(x):
 @triton.jit
 def norm_row(x_ptr, weight_ptr, bias_ptr, cols, mask, C: tl.constexpr):
     """Layer norm of the row of C at x_ptr, float32, rounded as the model keeps it: the state holds the same."""
-    x = tl.load(x_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    weight, bias = load_raw(weight_ptr, cols, mask), load_raw(bias_ptr, cols, mask)
+    return norm_with(x_ptr, weight, bias, cols, mask, C)
+
+
+@triton.jit
+def norm_with(x_ptr, weight, bias, cols, mask, C: tl.constexpr):
+    """The same with weights that have been read."""
+    x = load_vector(x_ptr, cols, mask)
     apart = tl.where(mask, x - tl.sum(x, 0) / C, 0.0)
     scale = tl.rsqrt(tl.sum(apart * apart, 0) / C + 1e-5)
-    weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-    return (apart * scale * weight + bias).to(x_ptr.dtype.element_ty).to(tl.float32)
+    y = apart * scale * weight.to(tl.float32) + bias.to(tl.float32)
+    return y.to(x_ptr.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def load_raw(ptr, cols, mask):
+    """As it is stored: what waits in registers should be small."""
+    return tl.load(ptr + cols, mask=mask, other=0.0)
 
 
 @triton.jit

@@ -9,12 +9,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rwkv_backends.kernels.device import load_vector, norm_row, store, tanh
+from rwkv_backends.kernels.device import let_next_begin, load_vector, norm_row, store, tanh, wait_for_earlier
 from rwkv_backends.kernels.tuning import Tuning
 
 
 @triton.jit
-def embed_kernel(tokens_ptr, emb_ptr, weight_ptr, bias_ptr, x_ptr, C: tl.constexpr, BLOCK: tl.constexpr):
+def embed_kernel(tokens_ptr, emb_ptr, weight_ptr, bias_ptr, x_ptr, C: tl.constexpr, BLOCK: tl.constexpr,
+                 OVERLAP: tl.constexpr):  # fmt: skip
+    """The first kernel of a step. It lets the next begin only when all before it is done: so what this step reads
+    before it waits, such as the states, is what the last one has written."""
+    wait_for_earlier(OVERLAP)
+    let_next_begin(OVERLAP)
     m = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < C
@@ -25,11 +30,11 @@ def embed_kernel(tokens_ptr, emb_ptr, weight_ptr, bias_ptr, x_ptr, C: tl.constex
 @triton.jit
 def normed_pair(x_ptr, prev_ptr, weight_ptr, bias_ptr, m, T, cols, mask, C: tl.constexpr):
     """Row m after its norm, and how far the row before it is from that."""
+    if m % T == 0:
+        before = load_vector(prev_ptr + m // T * C, cols, mask)
+    else:
+        before = norm_row(x_ptr + (m - 1) * C, weight_ptr, bias_ptr, cols, mask, C)
     x = norm_row(x_ptr + m * C, weight_ptr, bias_ptr, cols, mask, C)
-    first = m % T == 0
-    before = norm_row(x_ptr + tl.maximum(m - 1, 0) * C, weight_ptr, bias_ptr, cols, mask, C)
-    kept = load_vector(prev_ptr + m // T * C, cols, cols < tl.where(first, C, 0))
-    before = tl.where(first, kept, before)
     return x, before - x
 
 
@@ -43,6 +48,44 @@ def shift_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_ptr, normed_ptr, dx_
     store(normed_ptr + m * C + cols, x, mask)
     store(dx_ptr + m * C + cols, dx, mask)
     store(out_ptr + m * C + cols, x + dx * load_vector(maa_ptr, cols, mask), mask)
+
+
+@triton.jit(do_not_specialize=["M"])
+def shift_lora_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_ptr, w_ptr, normed_ptr, dx_ptr, lora_ptr, M, D,
+                      C: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr, K: tl.constexpr):  # fmt: skip
+    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    d = tl.program_id(1) * OUT + tl.arange(0, OUT)
+    rows = (m < M)[:, None]
+    total = tl.zeros((ROWS, K), tl.float32)
+    for start in range(0, C, K):
+        c = start + tl.arange(0, K)
+        total += tl.load(x_ptr + m[:, None] * C + c[None, :], mask=rows & (c < C)[None, :], other=0.0).to(tl.float32)
+    mean = (tl.sum(total, 1) / C)[:, None]
+    total = tl.zeros((ROWS, K), tl.float32)
+    for start in range(0, C, K):
+        c = start + tl.arange(0, K)
+        mask = rows & (c < C)[None, :]
+        x = tl.load(x_ptr + m[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        apart = tl.where(mask, x - mean, 0.0)
+        total += apart * apart
+    scale = tl.rsqrt(tl.sum(total, 1) / C + 1e-5)[:, None]
+    lora = tl.zeros((ROWS, OUT), tl.float32)
+    for start in range(0, C, K):
+        c = start + tl.arange(0, K)
+        at = m[:, None] * C + c[None, :]
+        mask = rows & (c < C)[None, :]
+        weight, bias = load_vector(weight_ptr, c, c < C), load_vector(bias_ptr, c, c < C)
+        x = (tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32) - mean) * scale * weight[None, :] + bias[None, :]
+        x = x.to(x_ptr.dtype.element_ty).to(tl.float32)
+        dx = tl.load(prev_ptr + at, mask=mask, other=0.0).to(tl.float32) - x
+        mine = mask & (c < tl.where(tl.program_id(1) == 0, C, 0))[None, :]
+        store(normed_ptr + at, x, mine)
+        store(dx_ptr + at, dx, mine)
+        w_mask = (c < C)[:, None] & (d < D)[None, :]
+        w = tl.load(w_ptr + d[None, :] * C + c[:, None], mask=w_mask, other=0.0)
+        mixed = (x + dx * load_vector(maa_ptr, c, c < C)[None, :]).to(w.dtype)
+        lora = tl.dot(mixed, w, lora, input_precision="tf32x3")
+    store(lora_ptr + m[:, None] * D + d[None, :], lora, rows & (d < D)[None, :])
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -73,15 +116,17 @@ def shift_six_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, mu_ptr, out_ptr, las
 
 @triton.jit(do_not_specialize=["M", "T"])
 def lerps_kernel(lora_ptr, normed_ptr, dx_ptr, w_ptr, out_ptr, prev_ptr, M, T, R: tl.constexpr, C: tl.constexpr,
-                 RANK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
+                 RANK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
     rank = tl.arange(0, RANK)
+    first = tl.program_id(2) * PARTS
     mask = (m < M)[:, None] & (cols < C)[None, :]
     at = m[:, None] * C + cols[None, :]
     x = tl.load(normed_ptr + at, mask=mask, other=0.0).to(tl.float32)
     dx = tl.load(dx_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    for i in tl.static_range(5):
+    for part in tl.static_range(PARTS):
+        i = first + part
         lora_at = m[:, None] * (5 * R) + i * R + rank[None, :]
         lora = tl.load(lora_ptr + lora_at, mask=(m < M)[:, None] & (rank < R)[None, :], other=0.0)
         w_at = (i * (R + 1) + rank)[:, None] * C + cols[None, :]
@@ -89,7 +134,8 @@ def lerps_kernel(lora_ptr, normed_ptr, dx_ptr, w_ptr, out_ptr, prev_ptr, M, T, R
         maa = load_vector(w_ptr + (i * (R + 1) + R) * C, cols, cols < C)
         mix = tl.dot(tanh(lora.to(tl.float32)).to(w.dtype), w, input_precision="ieee") + maa[None, :]
         store(out_ptr + (i * M + m)[:, None] * C + cols[None, :], x + dx * mix, mask)
-    store(prev_ptr + (m // T)[:, None] * C + cols[None, :], x, mask & (m % T == T - 1)[:, None])
+    last = m % T == tl.where(first == 0, T - 1, -1)  # written by the programs of the first part alone
+    store(prev_ptr + (m // T)[:, None] * C + cols[None, :], x, mask & last[:, None])
 
 
 @triton.jit
@@ -118,11 +164,11 @@ def across(C: int) -> dict[str, int]:
     return {"C": C, "BLOCK": block, "num_warps": max(1, min(8, block // 256))}
 
 
-def embed(tokens: Tensor, emb: Tensor, norm: tuple[Tensor, Tensor]) -> Tensor:
+def embed(tokens: Tensor, emb: Tensor, norm: tuple[Tensor, Tensor], tuning: Tuning) -> Tensor:
     """tokens int64 [M], emb [V, C] -> their rows after a layer norm [M, C]."""
     C = emb.shape[1]
     x = emb.new_empty(len(tokens), C)
-    embed_kernel[len(tokens),](tokens, emb, *norm, x, **across(C))
+    embed_kernel[len(tokens),](tokens, emb, *norm, x, **across(C), **tuning.launch)
     return x
 
 
@@ -132,6 +178,18 @@ def shift(x: Tensor, prev: Tensor, norm: tuple[Tensor, Tensor], maa: Tensor, T: 
     normed, dx, out = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
     shift_kernel[M,](x, prev, *norm, maa, normed, dx, out, T, **across(C))
     return normed, dx, out
+
+
+def shift_lora(
+    x: Tensor, prev: Tensor, norm: tuple[Tensor, Tensor], maa: Tensor, w: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One token of each row: x, prev [M, C] -> LN(x) and dx as `shift`, and W (LN(x) + dx maa) [M, D]: w [D, C]."""
+    (M, C), D = x.shape, len(w)
+    normed, dx, lora = torch.empty_like(x), torch.empty_like(x), w.new_empty(M, D)
+    block = min(256 // w.element_size(), max(16, triton.next_power_of_2(C)))
+    grid = triton.cdiv(M, 16), triton.cdiv(D, 32)
+    shift_lora_kernel[grid](x, prev, *norm, maa, w, normed, dx, lora, M, D, C, 16, 32, block)
+    return normed, dx, lora
 
 
 def shift_two(
@@ -172,8 +230,9 @@ def lerps(lora: Tensor, normed: Tensor, dx: Tensor, w: Tensor, prev: Tensor, T: 
     out = normed.new_empty(5, M, C)
     rows, cols = tuning.lerp_tile(M, C, w.element_size())
     rank = max(16, triton.next_power_of_2(R))
-    grid = (triton.cdiv(M, rows), triton.cdiv(C, cols))
-    lerps_kernel[grid](lora, normed, dx, w, out, prev, M, T, R, C, rank, rows, cols)
+    parts = tuning.lerp_parts(M)
+    grid = (triton.cdiv(M, rows), triton.cdiv(C, cols), 5 // parts)
+    lerps_kernel[grid](lora, normed, dx, w, out, prev, M, T, R, C, rank, rows, cols, parts)
     return out
 
 

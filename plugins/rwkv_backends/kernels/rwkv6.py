@@ -11,6 +11,7 @@ from rwkv_layers.rwkv6 import RESCALE_EVERY, Block, Weights
 from torch import Tensor
 
 from rwkv_backends.kernels import chunk6, mixing, vector, wkv6
+from rwkv_backends.kernels.key import squared
 from rwkv_backends.kernels.tuning import Tuning
 from rwkv_runtime import Forward, Model, State
 
@@ -20,6 +21,7 @@ class Layer(NamedTuple):
 
     block: Block
     value: Matrix  # [F, C]: the value matrix turned round, so that an input that is zero skips a row of it
+    arrived: Tensor  # int32, zero: what `vector.add_value` counts with
     scale: float  # of the residual stream after this layer
 
 
@@ -30,7 +32,8 @@ def pack(weights: Weights, tuning: Tuning) -> list[Layer]:
         halved = weights.rescaled and (i + 1) % RESCALE_EVERY == 0
         value, scale = block.ffn.value
         turned = value.t().contiguous() if tuning.vector_rows else value.t()
-        layers.append(Layer(block, Matrix(turned, scale), 0.5 if halved else 1.0))
+        arrived = vector.arrivals(value, len(value), tuning)
+        layers.append(Layer(block, Matrix(turned, scale), arrived, 0.5 if halved else 1.0))
     return layers
 
 
@@ -42,7 +45,7 @@ def forward(model: Model, tuning: Tuning) -> Forward:
     def run(tokens: Tensor, state: State, every: bool = False) -> Tensor:
         B, T = tokens.shape
         with torch.cuda.device_of(tokens):
-            x = mixing.embed(tokens.flatten().contiguous(), weights.emb, weights.ln0)
+            x = mixing.embed(tokens.flatten().contiguous(), weights.emb, weights.ln0, tuning)
             few = T == 1 and tuning.vector_rows >= B
             layer = _few if few else _many
             # One layer of a state is contiguous, whichever of its rows a view has; the engine moves rows so that
@@ -63,37 +66,39 @@ def _few(x: Tensor, att_x: Tensor, att_kv: Tensor, ffn_x: Tensor, layer: Layer, 
     """One token of each row: x [B, C] and the state of the layer are updated in place."""
     att, ffn = layer.block.att, layer.block.ffn
     normed, dx, lora = vector.shift_lora(x, att_x, layer.block.ln1, att.maa_x, att.maa_w1, tuning)
-    mixed = mixing.lerps(lora, normed, dx, att.maa_w2, att_x, 1, tuning)
+    mixed = vector.lerps(lora, normed, dx, att.maa_w2, att_x, tuning)
     kvrg, low = vector.kvrg(mixed, att.kvrg, att.decay_w1, tuning)
     norm = att.ln_x_weight, att.ln_x_bias
-    out = wkv6.wkv(kvrg, low, att.decay_w2, att.decay, att.bonus, norm, att_kv, x)
+    out = wkv6.wkv(kvrg, low, att.decay_w2, att.decay, att.bonus, norm, att_kv, x, tuning)
     vector.add_product(out, att.output, x, tuning)
     maa = ffn.maa_k, ffn.maa_r
     normed, k, r = vector.key_receptance(x, ffn_x, layer.block.ln2, maa, ffn.key, ffn.receptance, tuning)
-    vector.add_value(k, r, layer.value, normed, x, ffn_x, layer.scale, tuning)
+    vector.add_value(k, r, layer.value, normed, x, ffn_x, layer.scale, layer.arrived, tuning)
 
 
 def _many(x: Tensor, att_x: Tensor, att_kv: Tensor, ffn_x: Tensor, layer: Layer, tuning: Tuning) -> None:
     """Any number of rows and tokens: x [B*T, C] and the state of the layer are updated in place."""
     att, ffn = layer.block.att, layer.block.ffn
     T = len(x) // len(att_x)
-    normed, dx, first = mixing.shift(x, att_x, layer.block.ln1, att.maa_x, T)
-    lora = dense(first.to(att.maa_w1.dtype), att.maa_w1)  # on a CPU the adapters are float32
+    if T == 1 and tuning.lora_rows >= len(x):
+        normed, dx, lora = mixing.shift_lora(x, att_x, layer.block.ln1, att.maa_x, att.maa_w1)
+    else:
+        normed, dx, first = mixing.shift(x, att_x, layer.block.ln1, att.maa_x, T)
+        lora = dense(first.to(att.maa_w1.dtype), att.maa_w1)  # on a CPU the adapters are float32
     mixed = mixing.lerps(lora, normed, dx, att.maa_w2, att_x, T, tuning)
     low = dense(mixed[0].to(att.decay_w1.dtype), att.decay_w1)
     kvrg = linears(mixed[1:], att.kvrg)
     norm = att.ln_x_weight, att.ln_x_bias
     if T == 1:
-        out = wkv6.wkv(kvrg, low, att.decay_w2, att.decay, att.bonus, norm, att_kv, x)
+        out = wkv6.wkv(kvrg, low, att.decay_w2, att.decay, att.bonus, norm, att_kv, x, tuning)
     else:
         decays = chunk6.decays(low, att.decay_w2, att.decay, tuning)
-        wkv = chunk6.wkv_chunked(kvrg, decays, att.bonus, att_kv, tuning)
-        out = chunk6.norm_gate(wkv, kvrg[3], norm, x)
+        out = chunk6.wkv(kvrg, decays, att.bonus, norm, att_kv, x, tuning)
     if att.output.scale is None:
         x.addmm_(out, att.output.weight.t())
     else:
         x.add_(linear(out, att.output))
     maa = ffn.maa_k, ffn.maa_r
     key, receptance, last = mixing.shift_two(x, ffn_x, layer.block.ln2, maa, T)
-    k = mixing.relu_squared(linear(key, ffn.key))
+    k = squared(key, ffn.key, tuning)
     mixing.gate(linear(receptance, ffn.receptance), linear(k, ffn.value), last, x, ffn_x, T, layer.scale)

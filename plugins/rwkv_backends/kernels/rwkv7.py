@@ -11,6 +11,7 @@ from rwkv_layers.rwkv7 import Adapter, Block, TimeMixing, Weights
 from torch import Tensor
 
 from rwkv_backends.kernels import chunk7, mixing, vector, vector7, wkv7
+from rwkv_backends.kernels.key import squared
 from rwkv_backends.kernels.tuning import Tuning
 from rwkv_backends.kernels.wkv7 import Heads, Ups
 from rwkv_runtime import Forward, Model, State
@@ -26,6 +27,7 @@ class Layer(NamedTuple):
     ups: Ups
     heads: Heads
     value: Matrix  # [F, C]: the value matrix turned round, so that an input that is zero skips a row of it
+    arrived: Tensor  # int32, zero: what `vector.add_value` counts with
 
 
 def pack(weights: Weights, tuning: Tuning) -> list[Layer]:
@@ -35,7 +37,8 @@ def pack(weights: Weights, tuning: Tuning) -> list[Layer]:
         value, scale = block.ffn.value
         turned = value.t().contiguous() if tuning.vector_rows else value.t()
         mu = block.att.shift.flatten(0, -2)
-        layers.append(Layer(block, mu, *_adapters(block.att, tuning), _heads(block.att), Matrix(turned, scale)))
+        matrix, arrived = Matrix(turned, scale), vector.arrivals(value, len(value), tuning)
+        layers.append(Layer(block, mu, *_adapters(block.att, tuning), _heads(block.att), matrix, arrived))
     return layers
 
 
@@ -65,7 +68,7 @@ def forward(model: Model, tuning: Tuning) -> Forward:
     def run(tokens: Tensor, state: State, every: bool = False) -> Tensor:
         B, T = tokens.shape
         with torch.cuda.device_of(tokens):
-            x = mixing.embed(tokens.flatten().contiguous(), weights.emb, weights.ln0)
+            x = mixing.embed(tokens.flatten().contiguous(), weights.emb, weights.ln0, tuning)
             few = T == 1 and tuning.vector_rows >= B
             layer = _few if few else _many
             first = torch.empty_like(x, dtype=torch.float32)  # the values of the first layer
@@ -86,10 +89,10 @@ def _few(x: Tensor, att_x: Tensor, att_kv: Tensor, ffn_x: Tensor, first: Tensor,
     att, ffn = layer.block.att, layer.block.ffn
     matrices = att.receptance, att.key, att.value
     normed, rkv, low = vector7.rkv(x, att_x, layer.block.ln1, layer.mu, matrices, layer.down, layer.which, tuning)
-    out = wkv7.step(rkv, low, layer.ups, layer.heads, first, att_kv, x, (normed, att_x))
+    out = wkv7.step(rkv, low, layer.ups, layer.heads, first, att_kv, x, tuning, (normed, att_x))
     vector.add_product(out, att.output, x, tuning)
     normed, k = vector.key_alone(x, ffn_x, layer.block.ln2, ffn.shift, ffn.key, tuning)
-    vector.add_value(k, None, layer.value, normed, x, ffn_x, 1.0, tuning)
+    vector.add_value(k, None, layer.value, normed, x, ffn_x, 1.0, layer.arrived, tuning)
 
 
 def _many(x: Tensor, att_x: Tensor, att_kv: Tensor, ffn_x: Tensor, first: Tensor, layer: Layer, tuning: Tuning) -> None:
@@ -104,7 +107,7 @@ def _many(x: Tensor, att_x: Tensor, att_kv: Tensor, ffn_x: Tensor, first: Tensor
     low = [F.linear(mixed[i], layer.down[a:b]) for i, a, b in zip((1, 4, 3, 5), starts, ends, strict=True)]
     if T == 1:
         rkv = torch.stack([r, k, v])
-        out = wkv7.step(rkv, torch.cat(low, 1), ups, layer.heads, first, att_kv, x)
+        out = wkv7.step(rkv, torch.cat(low, 1), ups, layer.heads, first, att_kv, x, tuning)
     else:
         decay, rate, value, gate = (
             t[:, : 0 if up is None else up.shape[1]] for t, up in zip(low, ups[:4], strict=True)
@@ -120,4 +123,4 @@ def _many(x: Tensor, att_x: Tensor, att_kv: Tensor, ffn_x: Tensor, first: Tensor
     else:
         x.add_(linear(out, att.output))
     key, last = mixing.shift_one(x, ffn_x, layer.block.ln2, ffn.shift, T)
-    mixing.gate(None, linear(mixing.relu_squared(linear(key, ffn.key)), ffn.value), last, x, ffn_x, T, 1.0)
+    mixing.gate(None, linear(squared(key, ffn.key, tuning), ffn.value), last, x, ffn_x, T, 1.0)

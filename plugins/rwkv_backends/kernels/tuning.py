@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -12,22 +15,56 @@ class Tuning:
     vector_rows: int = 2
     """Up to this batch size a decode step takes the kernels that read each weight once a row and skip what is zero;
     beyond it cuBLAS, with the rest fused around it."""
+    overlap: bool = True
+    """Whether a kernel of a decode step starts, and asks for its first weights, while the one before it still runs
+    (programmatic dependent launch); the backend turns it off where the GPU cannot."""
+    registers: int = 96
+    """Registers that a thread of the largest kernel may have where weights have 16 bits or fewer: programs of the next
+    one fit in beside it. 0: as many as it likes."""
     programs: int = 528
     """About how many programs share the rows of a large matrix: four for each multiprocessor."""
-    tile_rows: int = 4
-    """Rows of a matrix that a program holds at once, each from end to end."""
-    value_rows: int = 1024
+    tile_rows: int = 2
+    """Rows of a matrix that a program holds at once, each from end to end; it has asked for as many again, twice."""
+    value_rows: int = 32
     """Inputs of the value matrix that a program looks at together; those that are zero are not read."""
-    value_cols: int = 16
-    """Its outputs: one program each so many."""
+    value_cols: int = 128
+    """Its outputs that a program adds to; several share them, each some of the inputs."""
+    lora_rows: int = 512
+    """Up to this batch size norm, token shift and the first adapter are one kernel; beyond it cuBLAS multiplies."""
+    key_rows: int = 0
+    """Up to so many rows a kernel of our own multiplies by the key matrix and squares; beyond it cuBLAS, then a kernel
+    that squares. For 16 bits a number."""
     lerp_rows: int = 64
     """Tokens of one program that mixes inputs, where there are more than 16; half as many in float32."""
     lerp_cols: int = 64
     """Its channels."""
+    lerp_split: int = 512
+    """Up to so many tokens a program makes one of the five mixtures: more programs, each reading what they share."""
     chunk: int = 16
     """Tokens of a prompt between two states that are computed: at least 16, as a matrix product of Triton has."""
+    span: int = 64
+    """Tokens of a prompt that one program goes through a chunk at a time, all spans at once: at least a chunk."""
     state_cols: int = 32
     """Columns of a head's state that one program carries through a prompt: from 16 to the head size."""
+
+    @property
+    def launch(self) -> dict[str, Any]:
+        """Options of every kernel of a decode step."""
+        return {"OVERLAP": True, "launch_pdl": True} if self.overlap else {"OVERLAP": False}
+
+    def room_for_next(self, weight: Tensor) -> dict[str, int]:
+        """More options, of a kernel that would fill the multiprocessors."""
+        bounded = self.overlap and self.registers and weight.element_size() <= 2
+        return {"maxnreg": self.registers} if bounded else {}
+
+    @property
+    def prompts(self) -> tuple[int, ...]:
+        """Lengths of prompt that between them start every variant of the kernels."""
+        return tuple(sorted({2, 65, *(most + 1 for most in (self.span, self.lerp_split, self.key_rows))}))
+
+    def lerp_parts(self, M: int) -> int:
+        """Of the five mixtures of M tokens, how many a program makes."""
+        return 1 if self.lerp_split >= M else 5
 
     def lerp_tile(self, M: int, C: int, width: int) -> tuple[int, int]:
         """Tokens and channels of a program that multiplies by an adapter of numbers of `width` bytes.

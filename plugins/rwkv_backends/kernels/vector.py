@@ -2,12 +2,12 @@
 
 A row of the batch is an axis of the grid; the weights come from memory once and from the cache for the others.
 The vector is made where it is used: layer norm, token shift and interpolation are done again by each program, which
-costs less than one more kernel. A program asks for its first weights before it does so. Sums are float32; weights of
-8 bits are read as they are.
+costs less than one more kernel. A program asks for its first weights before it does so, and before the kernel ahead of
+it has ended. Sums are float32; weights of 8 bits are read as they are.
 Annotations are real types, not strings: Triton reads them.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,8 +15,22 @@ import triton.language as tl
 from rwkv_layers.linear import Matrix
 from torch import Tensor
 
-from rwkv_backends.kernels.device import load_vector, norm_row, store
+from rwkv_backends.kernels.device import (
+    let_next_begin,
+    load_raw,
+    load_vector,
+    norm_with,
+    store,
+    tanh,
+    wait_for_earlier,
+)
 from rwkv_backends.kernels.tuning import Tuning
+
+
+@triton.jit
+def share(index, programs, count):
+    """Which of `count` things a program takes: from, to. No program has two more than another."""
+    return index * count // programs, (index + 1) * count // programs
 
 
 @triton.jit
@@ -26,15 +40,24 @@ def tile(w_ptr, rows, end, cols, mask, C: tl.constexpr):
 
 
 @triton.jit
-def products(x, w, w_ptr, scale_ptr, scale_at, out_ptr, first, end, cols, mask, C: tl.constexpr, ROWS: tl.constexpr,
-             STEPS: tl.constexpr, THEN: tl.constexpr):  # fmt: skip
-    """out[first:end] = THEN(W[first:end] x), for the ROWS x STEPS rows of one program; w holds the first ROWS.
+def first_tiles(w_ptr, begin, stop, D, cols, mask, C: tl.constexpr, ROWS: tl.constexpr):
+    """The first two tiles of those from `begin` to `stop` of a matrix of D rows."""
+    rows = begin * ROWS + tl.arange(0, ROWS)
+    end = tl.minimum(stop * ROWS, D)
+    return tile(w_ptr, rows, end, cols, mask, C), tile(w_ptr, rows + ROWS, end, cols, mask, C)
+
+
+@triton.jit
+def products(x, w, ahead, w_ptr, scale_ptr, scale_at, out_ptr, begin, stop, D, cols, mask, C: tl.constexpr,
+             ROWS: tl.constexpr, THEN: tl.constexpr):  # fmt: skip
+    """out[d] = THEN(W[d] x), for the rows of the tiles from `begin` to `stop`; w and ahead are the first two.
 
     scale_ptr is None where the matrix is dense; otherwise row d is to be multiplied by what is at scale_at + d.
     """
-    for i in range(STEPS):
-        rows = first + i * ROWS + tl.arange(0, ROWS)
-        ahead = tile(w_ptr, rows + ROWS, end, cols, mask, C)
+    end = tl.minimum(stop * ROWS, D)
+    for i in range(begin, stop):
+        rows = i * ROWS + tl.arange(0, ROWS)
+        later = tile(w_ptr, rows + 2 * ROWS, end, cols, mask, C)
         y = tl.sum(w.to(tl.float32) * x[None, :], 1)
         if scale_ptr is not None:
             y *= tl.load(scale_ptr + scale_at + rows, mask=rows < end, other=0.0)
@@ -47,151 +70,216 @@ def products(x, w, w_ptr, scale_ptr, scale_at, out_ptr, first, end, cols, mask, 
             y += tl.load(out_ptr + rows, mask=rows < end, other=0.0).to(tl.float32)
         store(out_ptr + rows, y, rows < end)
         w = ahead
+        ahead = later
 
 
 @triton.jit
 def shift_lora_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_ptr, w_ptr, normed_ptr, dx_ptr, out_ptr,
-                      D, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr):  # fmt: skip
+                      D, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+                      OVERLAP: tl.constexpr):  # fmt: skip
+    let_next_begin(OVERLAP)
     b = tl.program_id(1)
-    first = tl.program_id(0) * ROWS * STEPS
-    end = tl.minimum(first + ROWS * STEPS, D)
+    begin, stop = share(tl.program_id(0), tl.num_programs(0), tl.cdiv(D, ROWS))
     cols = tl.arange(0, BLOCK)
     mask = cols < C
-    w = tile(w_ptr, first + tl.arange(0, ROWS), end, cols, mask, C)
-    x = norm_row(x_ptr + b * C, weight_ptr, bias_ptr, cols, mask, C)
-    dx = load_vector(prev_ptr + b * C, cols, mask) - x
+    w, ahead = first_tiles(w_ptr, begin, stop, D, cols, mask, C, ROWS)
+    weight, bias = load_raw(weight_ptr, cols, mask), load_raw(bias_ptr, cols, mask)
+    maa, prev = load_raw(maa_ptr, cols, mask), load_raw(prev_ptr + b * C, cols, mask)
+    wait_for_earlier(OVERLAP)
+    x = norm_with(x_ptr + b * C, weight, bias, cols, mask, C)
+    dx = prev.to(tl.float32) - x
     if tl.program_id(0) == 0:
         store(normed_ptr + b * C + cols, x, mask)
         store(dx_ptr + b * C + cols, dx, mask)
-    maa = load_vector(maa_ptr, cols, mask)
-    products(x + dx * maa, w, w_ptr, None, 0, out_ptr + b * D, first, end, cols, mask, C, ROWS, STEPS, "")
+    x += dx * maa.to(tl.float32)
+    products(x, w, ahead, w_ptr, None, 0, out_ptr + b * D, begin, stop, D, cols, mask, C, ROWS, "")
 
 
 @triton.jit
-def kvrg_kernel(mixed_ptr, kvrg_ptr, scale_ptr, low_ptr, kvrg_out, low_out, B, D, PER,
-                C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr):  # fmt: skip
+def lerp_kernel(lora_ptr, normed_ptr, dx_ptr, w_ptr, out_ptr, prev_ptr, B, R: tl.constexpr, C: tl.constexpr,
+                RANK: tl.constexpr, COLS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    let_next_begin(OVERLAP)
+    i, b = tl.program_id(1), tl.program_id(2)
+    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    mask = cols < C
+    rank = tl.arange(0, RANK)
+    w_ptr += i * (R + 1) * C
+    w_mask = (rank < R)[:, None] & mask[None, :]
+    w = tl.load(w_ptr + rank[:, None] * C + cols[None, :], mask=w_mask, other=0.0).to(tl.float32)
+    maa = load_vector(w_ptr + R * C, cols, mask)
+    wait_for_earlier(OVERLAP)
+    low = tanh(load_vector(lora_ptr + (b * 5 + i) * R, rank, rank < R))
+    x, dx = load_vector(normed_ptr + b * C, cols, mask), load_vector(dx_ptr + b * C, cols, mask)
+    store(out_ptr + (i * B + b) * C + cols, x + dx * (tl.sum(low[:, None] * w, 0) + maa), mask)
+    if i == 0:
+        store(prev_ptr + b * C + cols, x, mask)
+
+
+@triton.jit
+def kvrg_kernel(mixed_ptr, kvrg_ptr, scale_ptr, low_ptr, kvrg_out, low_out, B, D, PER, C: tl.constexpr,
+                BLOCK: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    let_next_begin(OVERLAP)
     b = tl.program_id(1)
     part = tl.program_id(0) // PER  # of k, v, r, g, then the decay's adapter
     cols = tl.arange(0, BLOCK)
     mask = cols < C
-    rows = tl.arange(0, ROWS)
     if part < 4:
         w_ptr = kvrg_ptr + part * C * C
-        first = (tl.program_id(0) - part * PER) * ROWS * STEPS
-        end = tl.minimum(first + ROWS * STEPS, C)
-        w = tile(w_ptr, first + rows, end, cols, mask, C)
+        begin, stop = share(tl.program_id(0) - part * PER, PER, tl.cdiv(C, ROWS))
+        w, ahead = first_tiles(w_ptr, begin, stop, C, cols, mask, C, ROWS)
+        wait_for_earlier(OVERLAP)
         x = load_vector(mixed_ptr + ((part + 1) * B + b) * C, cols, mask)
         out_ptr = kvrg_out + (part * B + b) * C
-        products(x, w, w_ptr, scale_ptr, part * C, out_ptr, first, end, cols, mask, C, ROWS, STEPS, "")
+        products(x, w, ahead, w_ptr, scale_ptr, part * C, out_ptr, begin, stop, C, cols, mask, C, ROWS, "")
     else:
-        first = (tl.program_id(0) - 4 * PER) * ROWS * STEPS
-        end = tl.minimum(first + ROWS * STEPS, D)
-        low = tile(low_ptr, first + rows, end, cols, mask, C)
+        begin, stop = share(tl.program_id(0) - 4 * PER, tl.num_programs(0) - 4 * PER, tl.cdiv(D, ROWS))
+        low, low_ahead = first_tiles(low_ptr, begin, stop, D, cols, mask, C, ROWS)
+        wait_for_earlier(OVERLAP)
         x = load_vector(mixed_ptr + b * C, cols, mask)
-        products(x, low, low_ptr, None, 0, low_out + b * D, first, end, cols, mask, C, ROWS, STEPS, "")
+        products(x, low, low_ahead, low_ptr, None, 0, low_out + b * D, begin, stop, D, cols, mask, C, ROWS, "")
 
 
 @triton.jit
 def add_kernel(y_ptr, w_ptr, scale_ptr, x_ptr, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-               STEPS: tl.constexpr):  # fmt: skip
+               OVERLAP: tl.constexpr):  # fmt: skip
+    let_next_begin(OVERLAP)
     b = tl.program_id(1)
-    first = tl.program_id(0) * ROWS * STEPS
-    end = tl.minimum(first + ROWS * STEPS, C)
+    begin, stop = share(tl.program_id(0), tl.num_programs(0), tl.cdiv(C, ROWS))
     cols = tl.arange(0, BLOCK)
     mask = cols < C
-    w = tile(w_ptr, first + tl.arange(0, ROWS), end, cols, mask, C)
+    w, ahead = first_tiles(w_ptr, begin, stop, C, cols, mask, C, ROWS)
+    wait_for_earlier(OVERLAP)
     y = load_vector(y_ptr + b * C, cols, mask)
-    products(y, w, w_ptr, scale_ptr, 0, x_ptr + b * C, first, end, cols, mask, C, ROWS, STEPS, "add")
+    products(y, w, ahead, w_ptr, scale_ptr, 0, x_ptr + b * C, begin, stop, C, cols, mask, C, ROWS, "add")
 
 
 @triton.jit
 def key_receptance_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_k_ptr, maa_r_ptr, key_ptr, key_scale_ptr,
                           receptance_ptr, receptance_scale_ptr, normed_ptr, k_ptr, r_ptr, F, KEYS, C: tl.constexpr,
-                          BLOCK: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr):  # fmt: skip
+                          BLOCK: tl.constexpr, ROWS: tl.constexpr,
+                          OVERLAP: tl.constexpr):  # fmt: skip
+    let_next_begin(OVERLAP)
     b = tl.program_id(1)
     cols = tl.arange(0, BLOCK)
     mask = cols < C
-    rows = tl.arange(0, ROWS)
     if tl.program_id(0) < KEYS:
-        first = tl.program_id(0) * ROWS * STEPS
-        end = tl.minimum(first + ROWS * STEPS, F)
-        w = tile(key_ptr, first + rows, end, cols, mask, C)
-        x = norm_row(x_ptr + b * C, weight_ptr, bias_ptr, cols, mask, C)
+        begin, stop = share(tl.program_id(0), KEYS, tl.cdiv(F, ROWS))
+        w, ahead = first_tiles(key_ptr, begin, stop, F, cols, mask, C, ROWS)
+        weight, bias = load_raw(weight_ptr, cols, mask), load_raw(bias_ptr, cols, mask)
+        maa, prev = load_raw(maa_k_ptr, cols, mask), load_raw(prev_ptr + b * C, cols, mask)
+        wait_for_earlier(OVERLAP)
+        x = norm_with(x_ptr + b * C, weight, bias, cols, mask, C)
         if tl.program_id(0) == 0:
             store(normed_ptr + b * C + cols, x, mask)
-        x += (load_vector(prev_ptr + b * C, cols, mask) - x) * load_vector(maa_k_ptr, cols, mask)
+        x += (prev.to(tl.float32) - x) * maa.to(tl.float32)
         k_at = k_ptr + b * F
-        products(x, w, key_ptr, key_scale_ptr, 0, k_at, first, end, cols, mask, C, ROWS, STEPS, "relu squared")
+        products(x, w, ahead, key_ptr, key_scale_ptr, 0, k_at, begin, stop, F, cols, mask, C, ROWS, "relu squared")
     elif receptance_ptr is not None:
-        first = (tl.program_id(0) - KEYS) * ROWS * STEPS
-        end = tl.minimum(first + ROWS * STEPS, C)
-        w = tile(receptance_ptr, first + rows, end, cols, mask, C)
-        x = norm_row(x_ptr + b * C, weight_ptr, bias_ptr, cols, mask, C)
-        x += (load_vector(prev_ptr + b * C, cols, mask) - x) * load_vector(maa_r_ptr, cols, mask)
+        begin, stop = share(tl.program_id(0) - KEYS, tl.num_programs(0) - KEYS, tl.cdiv(C, ROWS))
+        w, ahead = first_tiles(receptance_ptr, begin, stop, C, cols, mask, C, ROWS)
+        weight, bias = load_raw(weight_ptr, cols, mask), load_raw(bias_ptr, cols, mask)
+        maa, prev = load_raw(maa_r_ptr, cols, mask), load_raw(prev_ptr + b * C, cols, mask)
+        wait_for_earlier(OVERLAP)
+        x = norm_with(x_ptr + b * C, weight, bias, cols, mask, C)
+        x += (prev.to(tl.float32) - x) * maa.to(tl.float32)
         r_at = r_ptr + b * C
-        products(x, w, receptance_ptr, receptance_scale_ptr, 0, r_at, first, end, cols, mask, C, ROWS, STEPS, "sigmoid")
+        products(x, w, ahead, receptance_ptr, receptance_scale_ptr, 0, r_at, begin, stop, C, cols, mask, C, ROWS,
+                 "sigmoid")  # fmt: skip
 
 
 @triton.jit
-def value_kernel(k_ptr, r_ptr, w_ptr, scale_ptr, normed_ptr, x_ptr, prev_ptr, scale,
-                 C: tl.constexpr, F: tl.constexpr, TALL: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
-    """A load that is masked out costs no traffic: rows of [F, C] whose input is zero are skipped, losslessly."""
-    b = tl.program_id(1)
-    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
+def value_tile(w_ptr, rows, wanted, cols, mask, C: tl.constexpr):
+    """A load that is masked out costs no traffic: rows of [F, C] that are not wanted are skipped."""
+    return tl.load(w_ptr + rows[:, None] * C + cols[None, :], mask=wanted[:, None] & mask[None, :], other=0.0)
+
+
+@triton.jit
+def value_kernel(k_ptr, r_ptr, w_ptr, scale_ptr, normed_ptr, x_ptr, prev_ptr, parts_ptr, arrived_ptr, scale, SPLITS,
+                 C: tl.constexpr, F: tl.constexpr, TALL: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr,
+                 OVERLAP: tl.constexpr):  # fmt: skip
+    """Programs that share columns each add up some of the rows; the one that comes last adds up what they have.
+
+    Rows whose input is zero are skipped, losslessly; where kernels overlap, not those read before it is known.
+    """
+    let_next_begin(OVERLAP)
+    block, split, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    B = tl.num_programs(2)
+    cols = block * COLS + tl.arange(0, COLS)
     mask = cols < C
+    begin, stop = share(split, SPLITS, tl.cdiv(F, TALL))
+    end = tl.minimum(stop * TALL, F)
+    rows = begin * TALL + tl.arange(0, TALL)
+    k_ptr += b * F
+    if OVERLAP:
+        w = value_tile(w_ptr, rows, rows < end, cols, mask, C)
+        ahead = value_tile(w_ptr, rows + TALL, rows + TALL < end, cols, mask, C)
+    wait_for_earlier(OVERLAP)
+    k, k_ahead = load_vector(k_ptr, rows, rows < end), load_vector(k_ptr, rows + TALL, rows + TALL < end)
+    k_later = load_vector(k_ptr, rows + 2 * TALL, rows + 2 * TALL < end)
+    if not OVERLAP:
+        w = value_tile(w_ptr, rows, k != 0.0, cols, mask, C)
+        ahead = value_tile(w_ptr, rows + TALL, k_ahead != 0.0, cols, mask, C)
     total = tl.zeros((TALL, COLS), tl.float32)
-    rows = tl.arange(0, TALL)
-    k = load_vector(k_ptr + b * F, rows, rows < F)
-    for _ in range(0, F, TALL):
-        w = tl.load(w_ptr + rows[:, None] * C + cols[None, :], mask=(k != 0.0)[:, None] & mask[None, :], other=0.0)
+    for _ in range(begin, stop):
+        later = value_tile(w_ptr, rows + 2 * TALL, k_later != 0.0, cols, mask, C)
         rows += TALL
-        ahead = load_vector(k_ptr + b * F, rows, rows < F)
         total += w.to(tl.float32) * k[:, None]
-        k = ahead
-    at = b * C + cols
-    y = tl.sum(total, 0)
-    if scale_ptr is not None:
-        y *= tl.load(scale_ptr + cols, mask=mask, other=0.0)
-    if r_ptr is not None:
-        y *= tl.load(r_ptr + at, mask=mask, other=0.0)
-    store(x_ptr + at, (tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32) + y) * scale, mask)
-    store(prev_ptr + at, tl.load(normed_ptr + at, mask=mask, other=0.0), mask)
+        w = ahead
+        ahead = later
+        k = k_ahead
+        k_ahead = k_later
+        k_later = load_vector(k_ptr, rows + 2 * TALL, rows + 2 * TALL < end)
+    tl.store(parts_ptr + (split * B + b) * C + cols, tl.sum(total, 0), mask=mask)
+    tl.debug_barrier()  # all of it is written before the arrival is counted
+    arrived = arrived_ptr + b * tl.num_programs(0) + block
+    if tl.atomic_add(arrived, 1, sem="acq_rel") == SPLITS - 1:
+        tl.store(arrived, 0)  # for the next step
+        splits = tl.arange(0, WIDE)
+        parts_at = parts_ptr + (splits[:, None] * B + b) * C + cols[None, :]
+        parts_mask = (splits < SPLITS)[:, None] & mask[None, :]
+        y = tl.sum(tl.load(parts_at, mask=parts_mask, other=0.0, cache_modifier=".cg"), 0)
+        at = b * C + cols
+        if scale_ptr is not None:
+            y *= tl.load(scale_ptr + cols, mask=mask, other=0.0)
+        if r_ptr is not None:
+            y *= tl.load(r_ptr + at, mask=mask, other=0.0)
+        store(x_ptr + at, (load_vector(x_ptr + b * C, cols, mask) + y) * scale, mask)
+        store(prev_ptr + at, tl.load(normed_ptr + at, mask=mask, other=0.0), mask)
 
 
 @triton.jit
 def head_kernel(x_ptr, weight_ptr, bias_ptr, w_ptr, scale_ptr, out_ptr, V, C: tl.constexpr, BLOCK: tl.constexpr,
-                ROWS: tl.constexpr, STEPS: tl.constexpr):  # fmt: skip
+                ROWS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    let_next_begin(OVERLAP)
     b = tl.program_id(1)
-    first = tl.program_id(0) * ROWS * STEPS
-    end = tl.minimum(first + ROWS * STEPS, V)
+    begin, stop = share(tl.program_id(0), tl.num_programs(0), tl.cdiv(V, ROWS))
     cols = tl.arange(0, BLOCK)
     mask = cols < C
-    w = tile(w_ptr, first + tl.arange(0, ROWS), end, cols, mask, C)
-    x = norm_row(x_ptr + b * C, weight_ptr, bias_ptr, cols, mask, C)
-    products(x, w, w_ptr, scale_ptr, 0, out_ptr + b.to(tl.int64) * V, first, end, cols, mask, C, ROWS, STEPS, "")
+    w, ahead = first_tiles(w_ptr, begin, stop, V, cols, mask, C, ROWS)
+    weight, bias = load_raw(weight_ptr, cols, mask), load_raw(bias_ptr, cols, mask)
+    wait_for_earlier(OVERLAP)
+    x = norm_with(x_ptr + b * C, weight, bias, cols, mask, C)
+    out_at = out_ptr + b.to(tl.int64) * V
+    products(x, w, ahead, w_ptr, scale_ptr, 0, out_at, begin, stop, V, cols, mask, C, ROWS, "")
 
 
 class Rows(NamedTuple):
-    """How the rows of a matrix of C columns are shared among programs."""
+    """How the rows of matrices of C columns are shared among programs."""
 
     C: int
-    BLOCK: int
-    ROWS: int
-    STEPS: int
+    total: int  # rows of all of them
+    tuning: Tuning
 
-    @classmethod
-    def of(cls, C: int, count: int, tuning: Tuning) -> "Rows":
-        """For about `count` rows in all."""
-        steps = max(1, triton.cdiv(count, tuning.tile_rows * tuning.programs))
-        return cls(C, triton.next_power_of_2(C), tuning.tile_rows, steps)
-
-    def programs(self, count: int) -> int:
-        """How many take `count` rows."""
-        return int(triton.cdiv(count, self.ROWS * self.STEPS))
+    def programs(self, rows: int) -> int:
+        """How many take so many of the rows."""
+        tiles = int(triton.cdiv(rows, self.tuning.tile_rows))
+        return max(1, min(tiles, round(self.tuning.programs * rows / self.total)))
 
     @property
-    def options(self) -> dict[str, int]:
-        return {**self._asdict(), "num_warps": max(1, min(8, self.BLOCK // 512))}
+    def options(self) -> dict[str, Any]:
+        block = triton.next_power_of_2(self.C)
+        sizes = {"C": self.C, "BLOCK": block, "ROWS": self.tuning.tile_rows}
+        return {**sizes, "num_warps": max(1, min(8, block // 512)), **self.tuning.launch}
 
 
 def shift_lora(
@@ -200,17 +288,27 @@ def shift_lora(
     """x [B, C], prev [B, C], w [D, C] -> LN(x) [B, C], prev - LN(x) [B, C], W (LN(x) + dx maa) [B, D] float32."""
     (B, C), D = x.shape, w.shape[0]
     normed, dx, out = torch.empty_like(x), torch.empty_like(x), x.new_empty(B, D, dtype=torch.float32)
-    rows = Rows.of(C, D, tuning)
+    rows = Rows(C, D, tuning)
     grid = (rows.programs(D), B)
     shift_lora_kernel[grid](x, prev, *norm, maa, w, normed, dx, out, D, **rows.options)
     return normed, dx, out
+
+
+def lerps(lora: Tensor, normed: Tensor, dx: Tensor, w: Tensor, prev: Tensor, tuning: Tuning) -> Tensor:
+    """`mixing.lerps` for one token of each row: lora [B, 5R], w [5, R + 1, C], its last row maa -> [5, B, C]."""
+    (B, C), R = normed.shape, w.shape[1] - 1
+    out = normed.new_empty(5, B, C)
+    rank, cols = triton.next_power_of_2(R), min(tuning.lerp_cols, triton.next_power_of_2(C))
+    grid = (triton.cdiv(C, cols), 5, B)
+    lerp_kernel[grid](lora, normed, dx, w, out, prev, B, R, C, rank, cols, num_warps=2, **tuning.launch)
+    return out
 
 
 def kvrg(mixed: Tensor, w: Matrix, low: Tensor, tuning: Tuning) -> tuple[Tensor, Tensor]:
     """mixed [5, B, C] (w, k, v, r, g), w [4, C, C], low [D, C] -> float32 k, v, r, g [4, B, C], the decay's [B, D]."""
     (_, B, C), D = mixed.shape, low.shape[0]
     out, low_out = mixed.new_empty(4, B, C, dtype=torch.float32), mixed.new_empty(B, D, dtype=torch.float32)
-    rows = Rows.of(C, 4 * C, tuning)
+    rows = Rows(C, 4 * C, tuning)
     per = rows.programs(C)
     kvrg_kernel[4 * per + rows.programs(D), B](mixed, *w, low, out, low_out, B, D, per, **rows.options)
     return out, low_out
@@ -219,7 +317,7 @@ def kvrg(mixed: Tensor, w: Matrix, low: Tensor, tuning: Tuning) -> tuple[Tensor,
 def add_product(y: Tensor, w: Matrix, x: Tensor, tuning: Tuning) -> None:
     """x += W y, for y, x [B, C] and w [C, C]."""
     B, C = x.shape
-    rows = Rows.of(C, C, tuning)
+    rows = Rows(C, C, tuning)
     add_kernel[rows.programs(C), B](y, *w, x, **rows.options)
 
 
@@ -233,10 +331,11 @@ def key_receptance(
     """
     (B, C), F = x.shape, key.weight.shape[0]
     normed, k, r = torch.empty_like(x), x.new_empty(B, F), x.new_empty(B, C, dtype=torch.float32)
-    rows = Rows.of(C, F + C, tuning)
+    rows = Rows(C, F + C, tuning)
     keys = rows.programs(F)
     grid = (keys + rows.programs(C), B)
-    key_receptance_kernel[grid](x, prev, *norm, *maa, *key, *receptance, normed, k, r, F, keys, **rows.options)
+    options = {**rows.options, **tuning.room_for_next(key.weight)}
+    key_receptance_kernel[grid](x, prev, *norm, *maa, *key, *receptance, normed, k, r, F, keys, **options)
     return normed, k, r
 
 
@@ -246,31 +345,44 @@ def key_alone(
     """As `key_receptance` without the receptance, which RWKV-7 does not have."""
     (B, C), F = x.shape, key.weight.shape[0]
     normed, k = torch.empty_like(x), x.new_empty(B, F)
-    rows = Rows.of(C, F, tuning)
+    rows = Rows(C, F, tuning)
     keys = rows.programs(F)
     none = (None, None)
-    key_receptance_kernel[keys, B](x, prev, *norm, maa, None, *key, *none, normed, k, None, F, keys, **rows.options)
+    options = {**rows.options, **tuning.room_for_next(key.weight)}
+    key_receptance_kernel[keys, B](x, prev, *norm, maa, None, *key, *none, normed, k, None, F, keys, **options)
     return normed, k
 
 
 def add_value(
-    k: Tensor, r: Tensor | None, w: Matrix, normed: Tensor, x: Tensor, prev: Tensor, scale: float, tuning: Tuning
-) -> None:
+    k: Tensor, r: Tensor | None, w: Matrix, normed: Tensor, x: Tensor, prev: Tensor, scale: float, arrived: Tensor,
+    tuning: Tuning,
+) -> None:  # fmt: skip
     """x = (x + r W^T k) scale and prev = normed, for k [B, F], w [F, C] and r (None: 1), normed, x, prev [B, C].
 
-    The scales of w, if it has any, are of its columns.
+    The scales of w, if it has any, are of its columns. `arrived`, of `arrivals`, counts programs and is zero again
+    afterwards.
     """
     (B, F), C = k.shape, x.shape[1]
-    tall = min(tuning.value_rows, triton.next_power_of_2(F))
-    grid = (triton.cdiv(C, tuning.value_cols), B)
-    warps = max(1, min(16, tall * tuning.value_cols // 1024))  # 32 numbers a thread
-    value_kernel[grid](k, r, *w, normed, x, prev, scale, C, F, tall, tuning.value_cols, num_warps=warps)
+    tall, cols = min(tuning.value_rows, triton.next_power_of_2(F)), min(tuning.value_cols, triton.next_power_of_2(C))
+    blocks = triton.cdiv(C, cols)
+    splits = max(1, min(triton.cdiv(F, tall), tuning.programs // blocks))
+    parts = x.new_empty(splits, B, C, dtype=torch.float32)
+    value_kernel[blocks, splits, B](
+        k, r, *w, normed, x, prev, parts, arrived, scale, splits, C, F, tall, cols, triton.next_power_of_2(splits),
+        num_warps=max(1, min(8, tall * cols // 1024)), **tuning.launch,
+    )  # fmt: skip
+
+
+def arrivals(like: Tensor, C: int, tuning: Tuning) -> Tensor:
+    """What `add_value` counts with, on the device of `like`, for as many rows as it is used for."""
+    blocks = triton.cdiv(C, min(tuning.value_cols, triton.next_power_of_2(C)))
+    return torch.zeros(max(1, tuning.vector_rows) * blocks, dtype=torch.int32, device=like.device)
 
 
 def head(x: Tensor, norm: tuple[Tensor, Tensor], w: Matrix, tuning: Tuning) -> Tensor:
     """x [B, C], w [V, C] -> W LN(x), float32 [B, V]."""
     (B, C), V = x.shape, w.weight.shape[0]
     out = x.new_empty(B, V, dtype=torch.float32)
-    rows = Rows.of(C, V, tuning)
+    rows = Rows(C, V, tuning)
     head_kernel[rows.programs(V), B](x, *norm, *w, out, V, **rows.options)
     return out

@@ -9,31 +9,33 @@ import triton.language as tl
 from rwkv_layers.linear import Matrix
 from torch import Tensor
 
-from rwkv_backends.kernels.device import load_vector, norm_row, store
+from rwkv_backends.kernels.device import let_next_begin, load_raw, norm_with, store, wait_for_earlier
 from rwkv_backends.kernels.tuning import Tuning
-from rwkv_backends.kernels.vector import Rows, products, tile
+from rwkv_backends.kernels.vector import Rows, first_tiles, products, share
 
 
 @triton.jit
-def mixed_row(x_ptr, prev_ptr, weight_ptr, bias_ptr, mu_ptr, normed_ptr, cols, mask, keep, C: tl.constexpr):
+def mixed_row(x_ptr, weight, bias, prev, mu, normed_ptr, cols, mask, keep, C: tl.constexpr):
     """The norm of a row, moved towards what the token before left; the first program keeps the former."""
-    x = norm_row(x_ptr, weight_ptr, bias_ptr, cols, mask, C)
+    x = norm_with(x_ptr, weight, bias, cols, mask, C)
     if keep:
         store(normed_ptr + cols, x, mask)
-    return x + (load_vector(prev_ptr, cols, mask) - x) * load_vector(mu_ptr, cols, mask)
+    return x + (prev.to(tl.float32) - x) * mu.to(tl.float32)
 
 
 @triton.jit
 def rkv_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, mu_ptr, r_ptr, r_scale_ptr, k_ptr, k_scale_ptr, v_ptr,
                v_scale_ptr, down_ptr, which_ptr, normed_ptr, rkv_ptr, low_ptr, B, D, PER, C: tl.constexpr,
-               BLOCK: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr):  # fmt: skip
+               BLOCK: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    let_next_begin(OVERLAP)
     b = tl.program_id(1)
     part = tl.program_id(0) // PER
     cols = tl.arange(0, BLOCK)
     mask = cols < C
-    rows = tl.arange(0, ROWS)
     keep = tl.program_id(0) == 0
-    x_at, prev_at, normed_at = x_ptr + b * C, prev_ptr + b * C, normed_ptr + b * C
+    x_at, normed_at = x_ptr + b * C, normed_ptr + b * C
+    weight, bias = load_raw(weight_ptr, cols, mask), load_raw(bias_ptr, cols, mask)
+    prev = load_raw(prev_ptr + b * C, cols, mask)
     if part < 3:
         w_ptr = r_ptr
         scale_ptr = r_scale_ptr
@@ -43,20 +45,20 @@ def rkv_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, mu_ptr, r_ptr, r_scale_ptr
         if part == 2:
             w_ptr = v_ptr
             scale_ptr = v_scale_ptr
-        first = (tl.program_id(0) - part * PER) * ROWS * STEPS
-        end = tl.minimum(first + ROWS * STEPS, C)
-        w = tile(w_ptr, first + rows, end, cols, mask, C)
-        mu = mu_ptr + tl.where(part == 0, 0, part + 1) * C  # of r, w, k, v, a, g
-        x = mixed_row(x_at, prev_at, weight_ptr, bias_ptr, mu, normed_at, cols, mask, keep, C)
+        begin, stop = share(tl.program_id(0) - part * PER, PER, tl.cdiv(C, ROWS))
+        w, ahead = first_tiles(w_ptr, begin, stop, C, cols, mask, C, ROWS)
+        mu = load_raw(mu_ptr + tl.where(part == 0, 0, part + 1) * C, cols, mask)  # of r, w, k, v, a, g
+        wait_for_earlier(OVERLAP)
+        x = mixed_row(x_at, weight, bias, prev, mu, normed_at, cols, mask, keep, C)
         out = rkv_ptr + (part * B + b) * C
-        products(x, w, w_ptr, scale_ptr, 0, out, first, end, cols, mask, C, ROWS, STEPS, "")
+        products(x, w, ahead, w_ptr, scale_ptr, 0, out, begin, stop, C, cols, mask, C, ROWS, "")
     else:
         q = tl.program_id(0) - 3 * PER
-        down = tile(down_ptr, q * ROWS + rows, D, cols, mask, C)
-        mu_low = mu_ptr + tl.load(which_ptr + q) * C
-        x_low = mixed_row(x_at, prev_at, weight_ptr, bias_ptr, mu_low, normed_at, cols, mask, keep, C)
-        low = low_ptr + b * D
-        products(x_low, down, down_ptr, None, 0, low, q * ROWS, q * ROWS + ROWS, cols, mask, C, ROWS, 1, "")
+        down, down_ahead = first_tiles(down_ptr, q, q + 1, D, cols, mask, C, ROWS)
+        mu = load_raw(mu_ptr + tl.load(which_ptr + q) * C, cols, mask)
+        wait_for_earlier(OVERLAP)
+        x = mixed_row(x_at, weight, bias, prev, mu, normed_at, cols, mask, keep, C)
+        products(x, down, down_ahead, down_ptr, None, 0, low_ptr + b * D, q, q + 1, D, cols, mask, C, ROWS, "")
 
 
 def rkv(
@@ -71,10 +73,10 @@ def rkv(
     (B, C), D = x.shape, down.shape[0]
     normed, full = torch.empty_like(x), torch.float32
     out, low = x.new_empty(3, B, C, dtype=full), x.new_empty(B, D, dtype=full)
-    rows = Rows.of(C, 3 * C, tuning)
+    rows = Rows(C, 3 * C, tuning)
     per = rows.programs(C)
     r, k, v = matrices
-    rkv_kernel[3 * per + triton.cdiv(D, rows.ROWS), B](
+    rkv_kernel[3 * per + triton.cdiv(D, tuning.tile_rows), B](
         x, prev, *norm, mu, *r, *k, *v, down, which, normed, out, low, B, D, per, **rows.options
     )  # fmt: skip
     return normed, out, low

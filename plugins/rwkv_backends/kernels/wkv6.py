@@ -7,32 +7,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rwkv_backends.kernels.device import load_vector, store, tanh
+from rwkv_backends.kernels.device import let_next_begin, load_vector, store, tanh, wait_for_earlier
+from rwkv_backends.kernels.tuning import Tuning
 
 
 @triton.jit
 def wkv_kernel(kvrg_ptr, low_ptr, w_ptr, decay_ptr, u_ptr, weight_ptr, bias_ptr, kv_ptr, out_ptr, B, D, H,
-               N: tl.constexpr, RANK: tl.constexpr):  # fmt: skip
+               N: tl.constexpr, RANK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    let_next_begin(OVERLAP)
     h, b = tl.program_id(0), tl.program_id(1)
     n = tl.arange(0, N)
     own = h * N + n
     at = kv_ptr + (b.to(tl.int64) * H + h) * N * N + n[:, None] * N + n[None, :]
     s = tl.load(at)  # [K, V]
     rank = tl.arange(0, RANK)
-    low = tanh(load_vector(low_ptr + b * D, rank, rank < D))
     w = tl.load(w_ptr + own[:, None] * D + rank[None, :], mask=(rank < D)[None, :], other=0.0).to(tl.float32)
-    decay = tl.exp(-tl.exp(tl.load(decay_ptr + own) + tl.sum(w * low[None, :], 1)))
+    base, u = tl.load(decay_ptr + own), tl.load(u_ptr + own)
+    weight, bias = tl.load(weight_ptr + own), tl.load(bias_ptr + own)
+    wait_for_earlier(OVERLAP)
+    low = tanh(load_vector(low_ptr + b * D, rank, rank < D))
+    decay = tl.exp(-tl.exp(base + tl.sum(w * low[None, :], 1)))
     part = B * H * N
     row = b * H * N + own
     k = tl.load(kvrg_ptr + row).to(tl.float32)
     v = tl.load(kvrg_ptr + part + row).to(tl.float32)
     r = tl.load(kvrg_ptr + 2 * part + row).to(tl.float32)
     g = tl.load(kvrg_ptr + 3 * part + row).to(tl.float32)
-    o = tl.sum(s * r[:, None], 0) + tl.sum(r * tl.load(u_ptr + own) * k, 0) * v
+    o = tl.sum(s * r[:, None], 0) + tl.sum(r * u * k, 0) * v
     tl.store(at, s * decay[:, None] + k[:, None] * v[None, :])
     apart = o - tl.sum(o, 0) / N
     normed = apart * tl.rsqrt(tl.sum(apart * apart, 0) / N + 64e-5)
-    y = (normed * tl.load(weight_ptr + own) + tl.load(bias_ptr + own)) * g * tl.sigmoid(g)
+    y = (normed * weight + bias) * g * tl.sigmoid(g)
     store(out_ptr + row, y, n < N)
 
 
@@ -45,6 +50,7 @@ def wkv(
     norm: tuple[Tensor, Tensor],
     kv: Tensor,
     like: Tensor,
+    tuning: Tuning,
 ) -> Tensor:
     """kvrg [4, B, C]; decay exp(-exp(decay + W tanh(low))), low [B, D], w [C, D], decay [C]; u and both of norm [H, N].
 
@@ -56,5 +62,5 @@ def wkv(
     D = w.shape[1]
     out = like.new_empty(B, C)
     rank = triton.next_power_of_2(D)
-    wkv_kernel[H, B](kvrg, low, w, decay, u, *norm, kv, out, B, D, H, N, rank)
+    wkv_kernel[H, B](kvrg, low, w, decay, u, *norm, kv, out, B, D, H, N, rank, **tuning.launch)
     return out

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rwkv_backends.kernels.device import load_vector, store, tanh
+from rwkv_backends.kernels.device import let_next_begin, load_vector, store, tanh, wait_for_earlier
+from rwkv_backends.kernels.tuning import Tuning
 
 
 class Heads(NamedTuple):
@@ -32,11 +33,16 @@ def decay_of(raw):
 
 
 @triton.jit
-def adapted(up_ptr, own, low, R, RANK: tl.constexpr):
-    """Rows `own` of [C, R] times low [R]."""
+def load_up(up_ptr, own, R, RANK: tl.constexpr):
+    """Rows `own` of [C, R]."""
     rank = tl.arange(0, RANK)
-    up = tl.load(up_ptr + own[:, None] * R + rank[None, :], mask=(rank < R)[None, :], other=0.0).to(tl.float32)
-    return tl.sum(up * low[None, :], 1)
+    return tl.load(up_ptr + own[:, None] * R + rank[None, :], mask=(rank < R)[None, :], other=0.0)
+
+
+@triton.jit
+def adapted(up, low):
+    """[N, R] times low [R]."""
+    return tl.sum(up.to(tl.float32) * low[None, :], 1)
 
 
 @triton.jit
@@ -49,7 +55,8 @@ def load_low(low_ptr, R, RANK: tl.constexpr):
 def step_kernel(rkv_ptr, low_ptr, w_ptr, a_ptr, v_ptr, g_ptr, decay_ptr, rate_ptr, mix_ptr, removal_ptr,
                 replacement_ptr, bonus_ptr, weight_ptr, bias_ptr, first_ptr, kv_ptr, normed_ptr, prev_ptr, out_ptr,
                 B, H, RW, RA, RV, RG, A_AT, V_AT, G_AT, LOW, N: tl.constexpr, WR: tl.constexpr, AR: tl.constexpr,
-                VR: tl.constexpr, GR: tl.constexpr):  # fmt: skip
+                VR: tl.constexpr, GR: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    let_next_begin(OVERLAP)
     h, b = tl.program_id(0), tl.program_id(1)
     n = tl.arange(0, N)
     own = h * N + n
@@ -57,20 +64,23 @@ def step_kernel(rkv_ptr, low_ptr, w_ptr, a_ptr, v_ptr, g_ptr, decay_ptr, rate_pt
     part = B * H * N
     at = kv_ptr + (b.to(tl.int64) * H + h) * N * N + n[:, None] * N + n[None, :]
     s = tl.load(at)  # [K, V]
+    w_up, a_up = load_up(w_ptr, own, RW, WR), load_up(a_ptr, own, RA, AR)
+    wait_for_earlier(OVERLAP)
     low_at = low_ptr + b * LOW
-    raw = tl.load(decay_ptr + own) + adapted(w_ptr, own, tanh(load_low(low_at, RW, WR)), RW, WR)
+    raw = tl.load(decay_ptr + own) + adapted(w_up, tanh(load_low(low_at, RW, WR)))
     decay = decay_of(raw)
-    rate = tl.sigmoid(tl.load(rate_ptr + own) + adapted(a_ptr, own, load_low(low_at + A_AT, RA, AR), RA, AR))
+    rate = tl.sigmoid(tl.load(rate_ptr + own) + adapted(a_up, load_low(low_at + A_AT, RA, AR)))
     rank = tl.arange(0, GR)
     low = tl.where(rank < RG, tl.sigmoid(load_low(low_at + G_AT, RG, GR)), 0.0)
-    gate = adapted(g_ptr, own, low, RG, GR)
+    gate = adapted(load_up(g_ptr, own, RG, GR), low)
     r = tl.load(rkv_ptr + row).to(tl.float32)
     k = tl.load(rkv_ptr + part + row).to(tl.float32)
     v = tl.load(rkv_ptr + 2 * part + row).to(tl.float32)
     if mix_ptr is None:
         tl.store(first_ptr + row, v)
     else:
-        share = tl.sigmoid(tl.load(mix_ptr + own) + adapted(v_ptr, own, load_low(low_at + V_AT, RV, VR), RV, VR))
+        mix = adapted(load_up(v_ptr, own, RV, VR), load_low(low_at + V_AT, RV, VR))
+        share = tl.sigmoid(tl.load(mix_ptr + own) + mix)
         v += (tl.load(first_ptr + row) - v) * share
     kappa = k * tl.load(removal_ptr + own)
     kappa = kappa / tl.maximum(tl.sqrt(tl.sum(kappa * kappa, 0)), 1e-12)
@@ -150,7 +160,7 @@ class Ups(NamedTuple):
 
 
 def step(
-    rkv: Tensor, low: Tensor, ups: Ups, heads: Heads, first: Tensor, kv: Tensor, like: Tensor,
+    rkv: Tensor, low: Tensor, ups: Ups, heads: Heads, first: Tensor, kv: Tensor, like: Tensor, tuning: Tuning,
     shifted: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor:  # fmt: skip
     """One token: rkv [3, B, C], low [B, *], first float32 [B, C] (the first layer's values: written there, read after).
@@ -165,7 +175,7 @@ def step(
     wide = [triton.next_power_of_2(max(1, rank)) for rank in ranks]
     step_kernel[H, B](
         rkv, low, *ups[:4], *heads, first, kv, *shifted, out, B, H, *ranks, *ups.places, low.shape[1], N, *wide,
-        num_warps=8,
+        num_warps=8, **tuning.launch,
     )  # fmt: skip
     return out
 

@@ -1,9 +1,14 @@
 """Nucleus sampling on a GPU without sorting: three kernels. Their naive twin is `Nucleus.filter` and a draw.
 
 The Gumbel-max trick gives every token a noisy score; what is drawn is the highest noisy score among the tokens that
-are kept. So the candidates are tried in that order: one sweep over the row tells whether a candidate is kept, and finds
-the next one among the tokens likelier than it. A candidate that is not kept rules out all that are no likelier, which
-leaves a share of the mass that is uniform in (0, 1): two or three sweeps are usual, some ten for a hostile row.
+are kept. So the candidates are tried in that order: the mass and the number of the likelier tokens tell whether a
+candidate is kept, and the noisiest of those is the next one. A candidate that is not kept rules out all that are no
+likelier, which leaves a share of the mass that is uniform in (0, 1): one to three candidates are usual, some ten for a
+hostile row.
+
+The blocks of a row are shared by as many programs as it takes to keep a GPU busy: each weighs the first candidate
+against its own, and the last of them to be done adds up what they found and tries the others. A block without a token
+as likely as the candidate is not read. Masses are whole numbers, so that sums are the same in any order.
 """
 
 from __future__ import annotations
@@ -15,135 +20,186 @@ from torch import Tensor
 
 from rwkv_runtime import Controls
 
-BLOCK = 4096
-WARPS = 16
+BLOCK = 2048
+WARPS = 8
+PROGRAMS = 264
+"""That draw at once: two for each multiprocessor of an H100."""
+NARROW = 2.0**30
+"""Up to this unit a mass fits into an int32, to which a GPU converts four times as fast."""
+REACH = tl.constexpr(25.5)
+"""More than two tokens' noise is ever apart: it is between -2.9 and 22.2."""
 
 
-def sample(logits: Tensor, controls: Controls, unit: float) -> Tensor:
+def sample(logits: Tensor, controls: Controls, unit: float, bits: int) -> Tensor:
     """float32 logits [B, V] -> int64 [B], -1 for a row that cannot be drawn from.
 
-    `unit` is the mass of the likeliest token, in which the masses of the others are rounded to whole numbers.
+    `unit` is the mass of the likeliest token, in which the masses of the others are rounded to whole numbers; `bits`
+    are left below a mass for the number of tokens, so that one addition adds both.
     """
     B, V = logits.shape
     blocks = triton.cdiv(V, BLOCK)
+    programs = min(blocks, max(1, PROGRAMS // B))
     best = torch.empty((B, blocks), dtype=torch.float32, device=logits.device)
     noisy = torch.empty((B, V), dtype=torch.float32, device=logits.device)
+    found = torch.empty((2, B, blocks), dtype=torch.int64, device=logits.device)
+    weighed = torch.empty((3, B, programs), dtype=torch.int64, device=logits.device)
+    done = torch.empty(B, dtype=torch.int32, device=logits.device)
     drawn = torch.empty(B, dtype=torch.int64, device=logits.device)
     temperature, top_p, top_k = controls["temperature"], controls["top_p"], controls["top_k"]
-    wide = triton.next_power_of_2(blocks)
-    _best[(B, blocks)](logits, best, logits.stride(0), V, blocks, BLOCK, num_warps=4)
-    _perturb[(B, blocks)](
-        logits, best, noisy, temperature, top_p, controls.seed, controls.position,
-        logits.stride(0), V, blocks, wide, BLOCK, num_warps=8,
+    stride, narrow, wide = logits.stride(0), unit <= NARROW, triton.next_power_of_2(blocks)
+    _best[B, blocks](logits, best, done, stride, V, blocks, BLOCK, num_warps=WARPS)
+    _perturb[B, blocks](
+        logits, best, noisy, *found, temperature, top_p, controls.seed, controls.position,
+        stride, unit, V, blocks, bits, narrow, wide, BLOCK, num_warps=WARPS,
     )  # fmt: skip
-    _draw[(B,)](
-        logits, best, noisy, drawn, temperature, top_p, top_k, controls.seed, controls.position,
-        logits.stride(0), unit, V, blocks, wide, BLOCK, num_warps=WARPS,
+    _draw[B, programs](
+        logits, best, noisy, *found, *weighed, done, drawn, temperature, top_p, top_k, controls.seed, controls.position,
+        stride, unit, V, blocks, programs, bits, narrow, wide, BLOCK, num_warps=WARPS,
     )  # fmt: skip
     return drawn
 
 
 @triton.jit
-def _best(logits, best, stride, V, blocks, BLOCK: tl.constexpr):
-    """The highest logit of each block; inf where one is NaN, so that the row is refused."""
-    row, block = tl.program_id(0), tl.program_id(1)
+def _best(logits, best, done, stride, V, blocks, BLOCK: tl.constexpr):
+    """The highest logit of each block; inf where one is NaN, so that the row is refused. Nobody is done yet."""
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     ids = block * BLOCK + tl.arange(0, BLOCK)
     z = tl.load(logits + row * stride + ids, mask=ids < V, other=-float("inf"))
     z = tl.where(z != z, float("inf"), z)
     tl.store(best + row * blocks + block, tl.max(z, axis=0))
+    tl.store(done + row, 0, mask=block == 0)
 
 
 @triton.jit
 def _perturb(
-    logits, best, noisy, temperature, top_p, seed, position, stride, V, blocks, WIDE: tl.constexpr, BLOCK: tl.constexpr
-):
-    """The noisy scores (z - z_max) / T + g; where the row is greedy, without noise."""
-    row, block = tl.program_id(0), tl.program_id(1)
+    logits, best, noisy, mass, noisiest, temperature, top_p, seed, position,
+    stride, unit, V, blocks, BITS: tl.constexpr, NARROW: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The noisy scores (z - z_max) / T + g, where the row is greedy without noise; each block's mass and noisiest.
+
+    A block that no noise lifts to the best token's score is left out: all candidates are likelier than its tokens.
+    """
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     ids = block * BLOCK + tl.arange(0, BLOCK)
     z = tl.load(logits + row * stride + ids, mask=ids < V, other=-float("inf"))
-    top = _row_best(best, row, blocks, WIDE)
-    divisor = tl.load(temperature + row)
-    greedy = (divisor == 0.0) | (tl.load(top_p + row) == 0.0)
-    first, second = _keys(tl.load(seed + row), tl.load(position + row))
-    noise = tl.where(greedy, 0.0, _gumbel(ids, first, second))
-    score = (z - top) / tl.where(greedy, 1.0, divisor) + noise
-    tl.store(noisy + row * V + ids, score, mask=ids < V)
+    top = tl.max(_of_row(best, row, blocks, -float("inf"), WIDE), axis=0)
+    here = row * blocks + block
+    weight = tl.where(ids < V, _weight(z, top, unit, BITS, NARROW), 0)
+    tl.store(mass + here, tl.sum(weight, axis=0))
+    greedy, divisor = _heat(temperature, top_p, row)
+    noisiest_here = tl.full((), -1, tl.int64)
+    if (tl.load(best + here) - top) / divisor >= tl.where(greedy, 0.0, -REACH):
+        first, second = _keys(tl.load(seed + row), tl.load(position + row))
+        score = (z - top) / divisor
+        if greedy == 0:
+            score += _gumbel(ids, first, second)
+        tl.store(noisy + row * V + ids, score, mask=ids < V)
+        noisiest_here = _highest(tl.where(ids < V, score, -float("inf")), ids, V)
+    tl.store(noisiest + here, noisiest_here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def _draw(
-    logits, best, noisy, drawn, temperature, top_p, top_k, seed, position,
-    stride, unit, V, blocks, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    logits, best, noisy, mass, noisiest, above, tied, likelier, done, drawn, temperature, top_p, top_k, seed, position,
+    stride, unit, V, blocks, programs,
+    BITS: tl.constexpr, NARROW: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    """Weighs the first candidate, by the blocks of each program; the last of a row decides, and stores the token."""
+    row, program = tl.program_id(0).to(tl.int64), tl.program_id(1)
     logits += row * stride
     noisy += row * V
-    top = _row_best(best, row, blocks, WIDE)
-    divisor, share = tl.load(temperature + row), tl.load(top_p + row)
-    greedy = (divisor == 0.0) | (share == 0.0)
-    divisor = tl.where(greedy, 1.0, divisor)
-    k = tl.load(top_k + row)
-    count = tl.where(greedy, 1, tl.where(k > 0, k, V + 1))
-
-    # All the mass, and the first candidate.
-    total, _, _, _, candidate = _sweep(logits, noisy, top, top, unit, V, True, BLOCK)
-    wanted = tl.minimum(tl.maximum(tl.ceil(total.to(tl.float64) * share.to(tl.float64)).to(tl.int64), 1), total)
-    target = tl.where(share < 1.0, wanted, total + 1)
-
-    token = tl.where((top == float("inf")) | (top == -float("inf")), -1, candidate)
-    trying = token >= 0
-    while trying:
+    top = tl.max(_of_row(best, row, blocks, -float("inf"), WIDE), axis=0)
+    best += row * blocks
+    if (top == float("inf")) | (top == -float("inf")):
+        tl.store(drawn + row, -1, mask=program == 0)
+    else:
+        token = _id(tl.max(_of_row(noisiest, row, blocks, -1, WIDE), axis=0))
         z = tl.load(logits + token)
-        above, n_above, tied, n_tied, likelier = _sweep(logits, noisy, z, top, unit, V, False, BLOCK)
-        before_cut = (above + tied < target) & (n_above + n_tied < count)
-        after_cut = (n_above > 0) & ((above >= target) | (n_above >= count))
-        if after_cut:
-            token = likelier
-        else:
-            trying = False
-            if not before_cut:
-                # At the cut: the tied tokens share what is left, and compete with the likelier ones as the lesser.
-                left = tl.minimum(count - n_above, n_tied)
-                each = (target - above).to(tl.float64) / (left.to(tl.float64) * unit)
-                cut_down = (above + tied >= target) & (n_above > 0)
-                weight = tl.where(cut_down, tl.minimum(tl.log(each).to(tl.float32), z - top), z - top)
-                tie = _noisiest_tie(logits, noisy, z, left, V, BLOCK)
-                first, second = _keys(tl.load(seed + row), tl.load(position + row))
-                noise = tl.where(greedy, 0.0, _gumbel(tie, first, second))
-                rival = tl.load(noisy + tl.maximum(likelier, 0))
-                token = tl.where((likelier >= 0) & (rival > weight / divisor + noise), likelier, tie)
-    tl.store(drawn + row, token.to(tl.int64))
+        a, t, noisier = _sweep(
+            logits, noisy, best, z, top, unit, V, program, blocks, programs, BITS, NARROW, BLOCK
+        )  # fmt: skip
+        here = row * programs + program
+        tl.store(above + here, a)
+        tl.store(tied + here, t)
+        tl.store(likelier + here, noisier)
+        if tl.atomic_add(done + row, 1, sem="acq_rel") == programs - 1:
+            a = tl.sum(_of_row(above, row, programs, 0, WIDE), axis=0)
+            t = tl.sum(_of_row(tied, row, programs, 0, WIDE), axis=0)
+            noisier = tl.max(_of_row(likelier, row, programs, -1, WIDE), axis=0)
+            total = tl.sum(_of_row(mass, row, blocks, 0, WIDE), axis=0) >> BITS
+            token = _decide(
+                logits, noisy, best, temperature, top_p, top_k, seed, position,
+                row, token, z, a, t, noisier, total, top, unit, V, blocks, BITS, NARROW, BLOCK,
+            )  # fmt: skip
+            tl.store(drawn + row, token.to(tl.int64))
 
 
 @triton.jit
-def _sweep(logits, noisy, floor, top, unit, V, ALL: tl.constexpr, BLOCK: tl.constexpr):
-    """Mass and number of the tokens with z > floor, the same of those with z == floor, and the noisiest of the former.
+def _decide(
+    logits, noisy, best, temperature, top_p, top_k, seed, position,
+    row, token, z, a, t, noisier, total, top, unit, V, blocks,
+    BITS: tl.constexpr, NARROW: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The token that is drawn, given the first candidate and, as `_sweep` has them, the tokens likelier than it."""
+    greedy, divisor = _heat(temperature, top_p, row)
+    share, k = tl.load(top_p + row), tl.load(top_k + row)
+    count = tl.where(greedy, 1, tl.where(k > 0, k, V + 1)).to(tl.int64)
+    wanted = tl.minimum(tl.maximum(tl.ceil(total.to(tl.float64) * share.to(tl.float64)).to(tl.int64), 1), total)
+    target = tl.where(share < 1.0, wanted, total + 1)
+    while _after_cut(a, target, count, BITS):
+        token = _id(noisier)
+        z = tl.load(logits + token)
+        a, t, noisier = _sweep(logits, noisy, best, z, top, unit, V, 0, blocks, 1, BITS, NARROW, BLOCK)
+    if ((a + t) >> BITS >= target) | (_number(a + t, BITS) >= count):
+        # At the cut: the tied tokens share what is left, and compete with the likelier ones as the lesser.
+        n_tied = _number(t, BITS)
+        left = tl.minimum(count - _number(a, BITS), n_tied)
+        each = (target - (a >> BITS)).to(tl.float64) / (left.to(tl.float64) * unit)
+        cut_down = ((a + t) >> BITS >= target) & (a > 0)
+        weight = tl.where(cut_down, tl.minimum(tl.log(each).to(tl.float32), z - top), z - top)
+        tie = token  # of all that are tied the noisiest
+        if (left < n_tied) & (greedy == 0):
+            tie = _noisiest_tie(logits, noisy, z, left, V, BLOCK)
+        first, second = _keys(tl.load(seed + row), tl.load(position + row))
+        noise = tl.where(greedy, 0.0, _gumbel(tie, first, second))
+        rival = tl.where(noisier < 0, tie, _id(noisier))
+        beaten = (noisier >= 0) & (tl.load(noisy + rival) > weight / divisor + noise)
+        token = tl.where(beaten, rival, tie)
+    return token
 
-    -1 where there is none. With ALL every token counts as above the floor.
+
+@triton.jit
+def _after_cut(above, target, count, BITS: tl.constexpr):
+    """Whether the tokens above a candidate are all that is kept."""
+    return (above > 0) & ((above >> BITS >= target) | (_number(above, BITS) >= count))
+
+
+@triton.jit
+def _sweep(
+    logits, noisy, best, floor, top, unit, V, first, blocks, step,
+    BITS: tl.constexpr, NARROW: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Weights of the tokens with z > floor, of those with z == floor, and the noisiest of the former.
+
+    Of the blocks first, first + step, ...; those without such tokens are passed over.
     """
     above = tl.zeros((BLOCK,), tl.int64)
     tied = tl.zeros((BLOCK,), tl.int64)
-    n_above = tl.zeros((BLOCK,), tl.int32)
-    n_tied = tl.zeros((BLOCK,), tl.int32)
     score = tl.full((BLOCK,), -float("inf"), tl.float32)
     where = tl.full((BLOCK,), 0, tl.int32) + V
-    for start in range(0, V, BLOCK):
-        ids = start + tl.arange(0, BLOCK)
-        z = tl.load(logits + ids, mask=ids < V, other=-float("inf"))
-        s = tl.load(noisy + ids, mask=ids < V, other=-float("inf"))
-        weight = _whole(tl.exp(z - top) * unit)
-        inside = (ids < V) & ((z > floor) | ALL)
-        equal = (ids < V) & (z == floor)
-        above += tl.where(inside, weight, 0)
-        n_above += inside.to(tl.int32)
-        tied += tl.where(equal, weight, 0)
-        n_tied += equal.to(tl.int32)
-        better = inside & (s > score)
-        score = tl.where(better, s, score)
-        where = tl.where(better, ids, where)
-    lowest = tl.min(tl.where(score == tl.max(score, axis=0), where, V), axis=0)
-    noisiest = tl.where(lowest < V, lowest, -1)
-    return tl.sum(above, axis=0), tl.sum(n_above, axis=0), tl.sum(tied, axis=0), tl.sum(n_tied, axis=0), noisiest
+    for block in range(first, blocks, step):
+        if tl.load(best + block) >= floor:
+            ids = block * BLOCK + tl.arange(0, BLOCK)
+            z = tl.load(logits + ids, mask=ids < V, other=-float("inf"))
+            s = tl.load(noisy + ids, mask=ids < V, other=-float("inf"))
+            weight = _weight(z, top, unit, BITS, NARROW)
+            inside = (ids < V) & (z > floor)
+            above += tl.where(inside, weight, 0)
+            tied += tl.where((ids < V) & (z == floor), weight, 0)
+            better = inside & (s > score)
+            score = tl.where(better, s, score)
+            where = tl.where(better, ids, where)
+    return tl.sum(above, axis=0), tl.sum(tied, axis=0), _highest(score, where, V)
 
 
 @triton.jit
@@ -167,16 +223,51 @@ def _noisiest_tie(logits, noisy, tie, left, V, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _row_best(best, row, blocks, WIDE: tl.constexpr):
+def _of_row(values, row, blocks, other, WIDE: tl.constexpr):
+    """What the blocks of a row, or its programs, have left."""
     places = tl.arange(0, WIDE)
-    return tl.max(tl.load(best + row * blocks + places, mask=places < blocks, other=-float("inf")), axis=0)
+    return tl.load(values + row * blocks + places, mask=places < blocks, other=other)
 
 
 @triton.jit
-def _whole(x):
-    """Rounded to even, as torch.round does: adding 1.5 * 2^23 leaves a float32 no room for a fraction."""
-    rounded = (x + 12582912.0) - 12582912.0
-    return tl.where(x < 4194304.0, rounded, x).to(tl.int64)
+def _heat(temperature, top_p, row):
+    """Whether a row is greedy, and what its logits are divided by."""
+    divisor = tl.load(temperature + row)
+    greedy = (divisor == 0.0) | (tl.load(top_p + row) == 0.0)
+    return greedy, tl.where(greedy, 1.0, divisor)
+
+
+@triton.jit
+def _weight(z, top, unit, BITS: tl.constexpr, NARROW: tl.constexpr):
+    """The mass of each token as a whole number, rounded to even as torch.round does, and below it the number 1."""
+    mass = tl.exp(z - top) * unit
+    mass = tl.where(mass < 8388608.0, (mass + 8388608.0) - 8388608.0, mass)  # 2^23 leaves a fraction no room
+    whole = mass.to(tl.int32).to(tl.int64) if NARROW else mass.to(tl.int64)
+    return (whole << BITS) + 1
+
+
+@triton.jit
+def _number(weight, BITS: tl.constexpr):
+    """How many tokens a sum of weights is of."""
+    return weight & ((1 << BITS) - 1)
+
+
+@triton.jit
+def _highest(score, ids, V):
+    """The id with the highest score, the lowest among equals, and above it the score; -1 where no score is finite.
+
+    The higher of two such numbers is that of the higher score.
+    """
+    highest = tl.max(score, axis=0)
+    lowest = tl.min(tl.where(score == highest, ids, V), axis=0)
+    bits = (highest + 0.0).to(tl.int32, bitcast=True)
+    rank = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) + 0x80000000
+    return tl.where((highest > -float("inf")) & (lowest < V), (rank << 31) + (0x7FFFFFFF - lowest), -1)
+
+
+@triton.jit
+def _id(noisiest):
+    return (0x7FFFFFFF - (noisiest & 0x7FFFFFFF)).to(tl.int32)
 
 
 @triton.jit

@@ -1,0 +1,168 @@
+"""`python -m benchmarks.kernels --size 1.6b --batch 1 --length 2048`: where a GPU's time goes in the `fused` backend.
+
+A decode step as the engine freezes it, sampler included, and a prompt: how long each takes, its share of what the
+memory and the matrix units can do, and each kernel's part of it. `--try tile_rows=4,programs=396` measures with these
+fields of `Tuning` as well; it may be repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from rwkv_backends.fused import Fused
+from rwkv_backends.kernels.tuning import Tuning
+
+from benchmarks.arena import collect, prompt
+from benchmarks.ceilings import Ceilings
+from benchmarks.checkpoints import SIZES, Checkpoint, make_checkpoint
+from rwkv_runtime import Model, Plugins
+from rwkv_runtime.checkpoint import build_model
+from rwkv_runtime.engine import Engine
+from rwkv_runtime.runtime import DTYPES
+from rwkv_runtime.tokenizer import load_tokenizer, world_vocabulary
+
+CUDA = torch.device("cuda", 0)
+ROUNDS, REPLAYS = 7, 20
+Times = Mapping[str, tuple[int, float]]
+"""Kernel -> how often it ran and the microseconds that it took in all, of one step."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
+    parser.add_argument("--architecture", default="rwkv6")
+    parser.add_argument("--size", default="1.6b", choices=SIZES)
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
+    parser.add_argument("--batch", type=int, action="append", default=[], help="rows of a decode step; may be repeated")
+    parser.add_argument("--length", type=int, action="append", default=[], help="tokens of a prompt; may be repeated")
+    parser.add_argument("--sampler", default="nucleus")
+    parser.add_argument("--try", dest="tries", action="append", default=[], type=changed, metavar="NAME=VALUE,...")
+    parser.add_argument(
+        "--profile", action="store_true", help="each kernel's part; waiting counts where kernels overlap"
+    )
+    parser.add_argument("--weights", type=Path, metavar="FOLDER", help="keeps the random checkpoints there")
+    options = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        parser.error("there is no CUDA device")
+    plugins, ceilings = Plugins.load(), Ceilings(CUDA, smoke=False)
+    with tempfile.TemporaryDirectory(prefix="rwkv-weights-") as temporary:
+        folder = options.weights or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        architecture = plugins.architectures.get(options.architecture)
+        checkpoint = make_checkpoint(architecture, options.size, options.dtype, folder)
+        model = build_model(checkpoint.tensors(), plugins.architectures, CUDA)
+    print(f"{torch.cuda.get_device_name()}: {ceilings.read():.0f} GB/s read", flush=True)
+    for tuning in [Tuning(), *options.tries]:
+        differs = ", ".join(f"{name}={value}" for name, value in changes(tuning).items()) or "as it is"
+        for rows in options.batch:
+            step = decode_step(plugins, model, tuning, options.sampler, rows)
+            report(f"{options.size} decode {rows}: {differs}", step, decode_share(checkpoint, model, rows, ceilings))
+            if options.profile:
+                print_profile(step)
+        for length in options.length:
+            step = prompt_step(model, tuning, length)
+            report(f"{options.size} prompt {length}: {differs}", step, prompt_share(checkpoint, length, ceilings))
+            if options.profile:
+                print_profile(step)
+        collect()
+    return 0
+
+
+def changed(text: str) -> Tuning:
+    """`NAME=VALUE,NAME=VALUE`: the default with these."""
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    known = {field.name for field in dataclasses.fields(Tuning)}
+    if unknown := {name for name, _, _ in pairs} - known:
+        raise argparse.ArgumentTypeError(f"Tuning has no {', '.join(unknown)}")
+    return Tuning(**{name: int(value) for name, _, value in pairs})
+
+
+def changes(tuning: Tuning) -> dict[str, int]:
+    usual = dataclasses.asdict(Tuning())
+    return {name: value for name, value in dataclasses.asdict(tuning).items() if value != usual[name]}
+
+
+def decode_step(plugins: Plugins, model: Model, tuning: Tuning, sampler: str, rows: int) -> Callable[[], None]:
+    """One replay of the engine's own frozen step."""
+    tokenizer = load_tokenizer(world_vocabulary())
+    engine = Engine(model, Fused(tuning), plugins.sampler(sampler), tokenizer, rows)
+    engine.tokens.copy_(torch.tensor(prompt(rows))[:, None])
+    return engine._ticks[rows]
+
+
+def prompt_step(model: Model, tuning: Tuning, length: int) -> Callable[[], None]:
+    forward, state = Fused(tuning).forward(model), model.new_state()
+    tokens = torch.tensor([prompt(length)], device=CUDA)
+
+    @torch.inference_mode()
+    def step() -> None:
+        forward(tokens, state)
+
+    return step
+
+
+def decode_share(checkpoint: Checkpoint, model: Model, rows: int, ceilings: Ceilings) -> Callable[[float], str]:
+    spec = model.architecture.state_spec(model.config, model.dtype).values()
+    layer = sum(torch.Size(s.shape).numel() * s.dtype.itemsize for s in spec)
+    moved = checkpoint.matrix_bytes + 2 * rows * model.config.n_layer * layer
+    return lambda seconds: f"{rows / seconds:.0f} tok/s, {moved / seconds / 1e9 / ceilings.read():.1%} of the read rate"
+
+
+def prompt_share(checkpoint: Checkpoint, length: int, ceilings: Ceilings) -> Callable[[float], str]:
+    peak = ceilings.matmul(checkpoint.dtype) * 1e12
+    flops = checkpoint.prefill_flops(length)
+    return lambda seconds: f"{length / seconds:.0f} tok/s, {flops / seconds / peak:.1%} of {peak / 1e12:.0f} TFLOP/s"
+
+
+def report(what: str, step: Callable[[], None], share: Callable[[float], str]) -> None:
+    seconds = step_seconds(step)
+    print(f"{what}: {seconds * 1e6:.1f} us, {share(seconds)}", flush=True)
+
+
+def step_seconds(step: Callable[[], None]) -> float:
+    """Median of some rounds, by the device's own clock."""
+    for _ in range(3):
+        step()
+    rounds = []
+    for _ in range(ROUNDS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(REPLAYS):
+            step()
+        end.record()
+        end.synchronize()
+        rounds.append(begin.elapsed_time(end) / REPLAYS / 1e3)
+    return statistics.median(rounds)
+
+
+def print_profile(step: Callable[[], None], steps: int = 5, lines: int = 30) -> None:
+    """Kernels by what they take of a step; what the step takes beyond their sum are gaps between them."""
+    times = profile(step, steps)
+    total = sum(us for _, us in times.values())
+    print(f"  {total:.1f} us in {sum(count for count, _ in times.values())} kernels")
+    for name, (count, us) in sorted(times.items(), key=lambda item: -item[1][1])[:lines]:
+        print(f"  {us:9.1f} us {us / total:6.1%} {count:5d} x {us / max(count, 1):8.2f} us  {name[:90]}")
+    sys.stdout.flush()
+
+
+def profile(step: Callable[[], None], steps: int) -> Times:
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as run:
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize()
+    return {
+        event.key: (round(event.count / steps), event.self_device_time_total / steps)
+        for event in run.key_averages()
+        if event.self_device_time_total
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
