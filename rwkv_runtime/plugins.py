@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
@@ -14,7 +13,7 @@ import pluggy
 
 from rwkv_runtime import hooks
 from rwkv_runtime.backend import Backend
-from rwkv_runtime.errors import OptionError, PluginError
+from rwkv_runtime.errors import OptionError, PluginError, did_you_mean, there_are
 from rwkv_runtime.model import Architecture
 from rwkv_runtime.sampler import Chain, Sampler
 
@@ -63,8 +62,7 @@ class Registry(Generic[T]):
         """Raises OptionError that names the nearest one there is."""
         if name in self._items:
             return self._items[name]
-        near = get_close_matches(name, self._items, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(self._items) or 'none'}"
+        hint = did_you_mean(name, self._items, there_are(self._items), cutoff=0.5)
         raise OptionError(f"there is no {self.kind} {name!r}; {hint}")
 
 
@@ -177,8 +175,7 @@ class Plugins:
         known = self._hooks()
         for caller in callers:
             if caller.name not in known:
-                near = get_close_matches(caller.name, known, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+                hint = did_you_mean(caller.name, known, there_are(known))
                 raise PluginError(f"it implements an unknown hook {caller.name!r}; {hint}")
             if caller.name not in self._answered:
                 raise PluginError(f"its hook {caller.name} returns nothing; is a return missing?")

@@ -16,7 +16,7 @@ from rwkv_runtime.backend import Backend, chunk_size
 from rwkv_runtime.checkpoint import Progress, build_model, check_sha256, open_tensors
 from rwkv_runtime.embedded import embedded_model
 from rwkv_runtime.engine import Engine
-from rwkv_runtime.errors import BackendError, OptionError, RwkvError, StateError, VocabularyError
+from rwkv_runtime.errors import BackendError, OptionError, RwkvError, StateError, VocabularyError, there_are
 from rwkv_runtime.generation import Generation, Request
 from rwkv_runtime.model import Model
 from rwkv_runtime.plugins import Plugins
@@ -96,7 +96,7 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
     short = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
     full = short.get(name, name)
     if full not in DTYPES:
-        raise OptionError(f"there is no dtype {name!r}; there are {', '.join(DTYPES)}")
+        raise OptionError(f"there is no dtype {name!r}; {there_are(DTYPES)}")
     return DTYPES[full]
 
 
@@ -104,7 +104,7 @@ def check_quant(name: str | None, plugins: Plugins) -> None:
     """Raises OptionError for a quantization that no architecture has; a file's own may still lack it."""
     known = {quant: None for architecture in plugins.architectures for quant in architecture.quantizations}
     if name is not None and name not in known:
-        raise OptionError(f"there is no quantization {name!r}; there are {', '.join(known) or 'none'}")
+        raise OptionError(f"there is no quantization {name!r}; {there_are(known)}")
 
 
 def find_vocabulary(path: str | os.PathLike[str], vocab: str | os.PathLike[str] | None, vocab_size: int) -> Tokenizer:

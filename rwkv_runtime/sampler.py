@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from rwkv_runtime.controls import Controls
-from rwkv_runtime.errors import OptionError, PluginError
+from rwkv_runtime.errors import OptionError, PluginError, did_you_mean
 from rwkv_runtime.state import TensorSpec
 
 Where = Literal["graph", "device", "host"]
@@ -72,6 +72,12 @@ class Sampler(ABC):
         """The samplers this one is made of, in their order: itself, unless it is a chain."""
         return (self,)
 
+    def check(self, params: Mapping[str, float | str]) -> None:  # noqa: B027  (optional)
+        """Judges the parameters, each within its own bounds, as far as that takes no model.
+
+        Called before a model is loaded, and for every request. Raises OptionError for what cannot be honoured.
+        """
+
     def slots(self, vocab_size: int) -> Mapping[str, TensorSpec]:
         """Memory of each row, for samplers that remember what was drawn."""
         return {}
@@ -79,7 +85,7 @@ class Sampler(ABC):
     def prime(self, tokens: Tensor, controls: Controls) -> None:  # noqa: B027  (optional)
         """Reads the prompt, int64 [T] (its last tokens, where it is long), before the first draw of a row.
 
-        `controls` are of that row alone. Settings that cannot be honoured raise OptionError here.
+        `controls` are of that row alone. Settings that only the model or the prompt can judge raise OptionError here.
         """
 
     def prepare(self, controls: Controls) -> None:  # noqa: B027  (optional)
@@ -133,6 +139,10 @@ class Chain(Sampler):
     def stages(self) -> tuple[Sampler, ...]:
         return self._stages
 
+    def check(self, params: Mapping[str, float | str]) -> None:
+        for stage in self.stages:
+            stage.check({name: params[name] for name in stage.params})
+
     def slots(self, vocab_size: int) -> Mapping[str, TensorSpec]:
         slots: dict[str, TensorSpec] = {}
         for stage in self.stages:
@@ -166,12 +176,14 @@ class Chain(Sampler):
 
 
 def check_params(sampler: Sampler, given: Mapping[str, object]) -> dict[str, float | str]:
-    """Every parameter of the sampler, as given or at its default. Raises OptionError for a name it does not have."""
-    from difflib import get_close_matches
+    """Every parameter of the sampler, as given or at its default.
 
+    Raises OptionError for a name it does not have, or a value it refuses.
+    """
     for name in given:
         if name not in sampler.params:
-            near = get_close_matches(name, sampler.params, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sampler.params) or 'none'}"
+            hint = did_you_mean(name, sampler.params, f"it has {', '.join(sampler.params) or 'none'}")
             raise OptionError(f"sampler {sampler.name} has no parameter {name!r}; {hint}")
-    return {name: p.check(name, given.get(name, p.default)) for name, p in sampler.params.items()}
+    params = {name: p.check(name, given.get(name, p.default)) for name, p in sampler.params.items()}
+    sampler.check(params)
+    return params

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 
-from rwkv_runtime.checkpoint import read_safetensors
+from rwkv_runtime.checkpoint import MAX_INDEX, read_safetensors
 from rwkv_runtime.errors import CheckpointError, StateError
 from rwkv_runtime.model import Model
 from rwkv_runtime.state import State
 
-FORMAT = "rwkv-runtime state 1"
+KIND = "rwkv-runtime state"
+FORMAT = f"{KIND} 1"
 RECENT = 4096
 
 
@@ -62,19 +63,34 @@ def load_snapshot(path: str | os.PathLike[str], model: Model) -> Snapshot:
     Raises StateError where the file is missing or damaged, or of another architecture or size.
     """
     path = Path(path)
-    if path.is_dir():
-        raise StateError(f"{path}: a directory, not a saved state")
+    check_snapshot(path)
     try:
         tensors, metadata = read_safetensors(path)
     except CheckpointError as error:
         raise StateError(str(error)) from None
     if metadata.get("format") != FORMAT:
-        raise StateError(f"{path}: not a saved state of this version (its format is not {FORMAT!r})")
+        raise StateError(f"{path}: saved by another version (its format is not {FORMAT!r}); save it again")
     try:
         state = _placed(State(tensors, architecture=metadata.get("architecture", "")), model)
         return Snapshot(state, *_place_in_text(metadata, model.config.vocab_size))
     except StateError as error:
         raise StateError(f"{path}: {error}") from None
+
+
+def check_snapshot(path: str | os.PathLike[str]) -> None:
+    """Raises StateError for what is no saved state at all, whatever else it is; needs no model."""
+    path = Path(path)
+    if not path.is_file():  # opening a pipe could block for ever
+        what = "a directory" if path.is_dir() else "not a regular file" if path.exists() else "no such file"
+        raise StateError(f"{path}: {what}")
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = file.read(min(length, MAX_INDEX))
+    except OSError as error:
+        raise StateError(f"{path}: cannot be read: {error.strerror}") from None
+    if f'"{KIND} '.encode() not in header:
+        raise StateError(f"{path}: not a saved state; --save-state FILE makes one")
 
 
 def _placed(loaded: State, model: Model) -> State:

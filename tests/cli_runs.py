@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,35 @@ def rwkv_run(model: Path, *args: str, input: str | bytes = "") -> Result:
     return CliRunner().invoke(command, [*args, "--model", str(model)], input=input, env=env)
 
 
+@contextlib.contextmanager
+def at_a_terminal(model: Path, *args: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """A process whose standard streams are a terminal, and our end of that; POSIX alone."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))  # a bar needs some room
+    process = started(model, *args, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    try:
+        yield process, ours
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+
+
+def shown_at(terminal: int) -> bytes:
+    """All that is shown until the process has left."""
+    shown = b""
+    with contextlib.suppress(OSError):  # on Linux the end of a terminal is an error
+        while piece := os.read(terminal, 65536):
+            shown += piece
+    return shown
+
+
 def started(model: Path, *args: str, **streams: Any) -> subprocess.Popen[bytes]:
     """A process of its own, quick to write, whose standard streams are pipes unless told otherwise."""
     options = ["--model", str(model), "--backend", "eager", "--threads", "1", *args]
@@ -45,3 +77,12 @@ def started(model: Path, *args: str, **streams: Any) -> subprocess.Popen[bytes]:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a job's may be ignored
         **pipes | streams,
     )
+
+
+def wait_for(what: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    """Until it is so; the process must not end before."""
+    limit = time.monotonic() + 60
+    while not what():
+        assert process.poll() is None
+        assert time.monotonic() < limit
+        time.sleep(0.01)

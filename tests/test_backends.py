@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli_runs import save_tiny_model
 from engines import finish
 from helpers import PRESENT, VOCAB_SIZE, Tensors, apart, built, controls_of, logits_of, tiny_config, tokens_of
 from rwkv_backends.compile import Compile
@@ -151,6 +152,49 @@ def test_the_second_start_compiles_nothing_anew(tmp_path: Path) -> None:
     assert (cold, warm, text) == ("compile", "compile", again)
     assert (first["fxgraph_cache_miss"], first.get("fxgraph_cache_hit", 0)) == (1, 0)
     assert (second["fxgraph_cache_hit"], second.get("fxgraph_cache_miss", 0)) == (1, 0)
+
+
+TALKATIVE = """
+import logging, warnings
+import torch
+
+def compile(step, **options):
+    untried = [True]
+    def compiled():
+        if untried:
+            untried.clear()
+            logging.getLogger("torch._inductor.utils").warning("Not enough SMs")
+            warnings.warn("TensorFloat32 is available but not enabled")
+        step()
+    return compiled
+
+torch.compile = compile
+from rwkv_runtime.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("asked", [{}, {"TORCH_LOGS": "inductor"}], ids=["as usual", "asked for by TORCH_LOGS"])
+def test_compiling_is_said_once_and_torch_is_heard_where_it_is_asked_for(asked: dict[str, str], tmp_path: Path) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('"Hello"\n' * 5, encoding="utf-8")
+    words = ["--model", str(save_tiny_model(tmp_path)), "--prompts", str(source), "--output", str(output)]
+    words += ["--rows", "5", "--backend", "compile", "--max-tokens", "3"]  # three sizes of batch
+
+    def errors(*more: str) -> list[str]:
+        output.unlink(missing_ok=True)
+        env = {name: value for name, value in os.environ.items() if name != "TORCH_LOGS"}
+        run = [sys.executable, "-c", TALKATIVE, *words, *more]
+        env |= {"CXX": sys.executable, **asked}
+        return subprocess.run(run, env=env, capture_output=True, text=True, check=True).stderr.splitlines()
+
+    said, heard = errors(), errors("--quiet")
+    assert said.count("compiling, once; it can take a minute, and a few seconds at the next start") == 1
+    assert said[-1].startswith("5 of 5 lines done")
+    for warning in ("Not enough SMs", "TensorFloat32 is available"):
+        assert any(warning in line for line in heard) == bool(asked)
+    if not asked:
+        assert (len(said), heard) == (2, [])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")

@@ -77,6 +77,7 @@ def test_the_prompt_comes_from_the_argument_a_file_or_standard_input(rwkv_run, t
     expected = text_of(rwkv_run("Once", *LENGTH))
     assert text_of(rwkv_run("--file", str(tmp_path / "prompt.txt"), *LENGTH)) == expected
     assert text_of(rwkv_run(*LENGTH, input="Once")) == expected
+    assert text_of(rwkv_run("--file", "-", *LENGTH, input="Once")) == expected
     assert text_of(rwkv_run("Once", "--no-echo", *LENGTH)) == expected.removeprefix("Once")
 
 
@@ -130,6 +131,7 @@ def test_a_wrong_name_in_the_file_of_options_is_refused_with_the_nearest_one(rwk
         (("-o", "tempreature", "1"), "sampler nucleus has no parameter 'tempreature'; did you mean temperature?"),
         (("--top-p", "1.5"), "top_p is a number from 0 to 1, not 1.5"),
         (("-o", "top_k", "many"), "top_k is a whole number, not 'many'"),
+        (("--sampler", "banned", "-o", "banned", "x"), "banned names token ids from 0, and 'x' is none"),
         (("--dtype", "int3"), "there is no dtype 'int3'"),
         (("--device", "cuda:99"), "device 'cuda:99' is not here"),
         (("--device", "toaster"), "there is no device 'toaster'"),
@@ -143,6 +145,13 @@ def test_wrong_values_are_refused_in_one_line_before_the_model_is_loaded(rwkv_ru
     assert result.exit_code == 2
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("mode", [(), ("--json",), ("--explain",), ("--chat",), ("--chat", "--json")])
+def test_what_only_the_model_can_refuse_is_one_line_and_nothing_else(rwkv_run, mode: tuple[str, ...]) -> None:
+    result = rwkv_run(*mode, "--sampler", "banned", "-o", "banned", "999", *LENGTH, input="Once\nTwice\n")
+    message = "Error: banned names token ids from 0 to 256, and '999' is none\n"
+    assert (result.exit_code, result.stdout, result.stderr) == (2, "", message)
 
 
 def test_a_missing_model_is_one_line(rwkv_run) -> None:

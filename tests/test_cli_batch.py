@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import signal
 import sys
+from functools import partial
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
-from cli_runs import rwkv_run, save_tiny_model, started
+from cli_runs import rwkv_run, save_tiny_model, started, wait_for
 from click.testing import Result
+
+from rwkv_runtime.cli.lock import lock
+from rwkv_runtime.runtime import Runtime, load
 
 LENGTH = ["--max-tokens", "12", "--seed", "7"]
 HELLO = b'"Hello"\n"Once"\n'
@@ -88,6 +95,19 @@ def test_a_line_that_cannot_be_used_says_why(tiny: Path, tmp_path: Path, line: b
     found = records(tmp_path / "out.jsonl")
     assert message in found[1]["error"]
     assert found[2]["tokens"] == 12
+
+
+def test_one_line_says_what_came_of_it(tiny: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(HELLO)
+    output = tmp_path / "out.jsonl"
+    done = f"2 of 2 lines done; their records are in {output}"
+    first = batch(tiny, source, "--backend", "eager").stderr
+    assert re.fullmatch(rf"{re.escape(done)} \[wrote 24 tokens, \d+\.\d/s \| eager\]\n", first)
+    assert batch(tiny, source).stderr == f"{done}\n"  # nothing was left
+    assert batch(tiny, source, "--quiet").stderr == ""
+    source.write_bytes(HELLO + b"not json\n")
+    assert batch(tiny, source, "--quiet").stderr == f"1 of 3 lines failed; their records in {output} say why\n"
 
 
 def test_names_may_be_spelt_with_dashes(tiny: Path, tmp_path: Path) -> None:
@@ -204,8 +224,80 @@ def test_ctrl_c_leaves_whole_records_and_the_rest_for_later(tiny: Path, tmp_path
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert b"interrupted; the same command takes up the rest" in errors
+    assert b"interrupted, 2 of 4 lines done; the same command takes up the rest" in errors
     assert b"Traceback" not in errors
     assert sorted(records(output)) == [1, 2]
     assert "1 of 4 lines failed" in batch(tiny, source).stderr
     assert sorted(records(output)) == [1, 2, 3, 4]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+def test_a_run_that_ctrl_c_stopped_comes_to_every_line_once(tiny: Path, tmp_path: Path) -> None:
+    source, output, count = tmp_path / "in.jsonl", tmp_path / "out.jsonl", 40
+    source.write_text("".join(f'{{"prompt": "text {i}", "id": {i}}}\n' for i in range(count)), encoding="utf-8")
+    run = ["--prompts", str(source), "--output", str(output), "--rows", "3", "--max-tokens", "300", "--seed", "7"]
+
+    def written(least: int) -> bool:
+        return output.exists() and output.read_bytes().count(b"\n") >= least
+
+    for least in (4, 12):
+        process = started(tiny, *run)
+        wait_for(partial(written, least), process)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert (process.returncode, b"Traceback" in errors) == (130, False)
+    assert not written(count)
+    last = started(tiny, *run)
+    _, errors = last.communicate(timeout=60)
+    assert (last.returncode, b"40 of 40 lines done" in errors) == (0, True)
+    found = [json.loads(line) for line in output.read_bytes().splitlines()]
+    assert sorted(record["line"] for record in found) == [*range(1, count + 1)]
+    assert all((record["id"], record["seed"]) == (record["line"] - 1, record["line"] + 6) for record in found)
+    assert {record["finish"] for record in found} <= {"length", "end"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kills")
+def test_two_runs_do_not_write_one_file_and_a_killed_one_leaves_no_lock(tiny: Path, tmp_path: Path) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "x", "max_tokens": 3}\n"Hello"\n', encoding="utf-8")
+    args = ["--prompts", str(source), "--output", str(output), "--rows", "1"]
+    process = started(tiny, *args, "--max-tokens", "100000000")
+    try:
+        wait_for(lambda: output.exists() and b"\n" in output.read_bytes(), process)
+        refused(batch(tmp_path / "missing.pth", source), "another rwkv-run is writing it")
+        assert sorted(records(output)) == [1]
+    finally:
+        process.kill()
+        process.communicate(timeout=60)
+    assert batch(tiny, source).exit_code == 0
+    assert sorted(records(output)) == [1, 2]
+
+
+def test_a_second_run_that_comes_while_the_first_loads_its_model_is_refused_too(tiny: Path, tmp_path: Path) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes(HELLO)
+
+    def load_slowly(*args: Any, **kwargs: Any) -> Runtime:
+        assert lock(other)
+        return load(*args, **kwargs)
+
+    with output.open("ab") as other, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rwkv_runtime.cli.run.load", load_slowly)
+        refused(batch(tiny, source), "another rwkv-run is writing it")
+    assert output.read_bytes() == b""
+    assert batch(tiny, source).exit_code == 0
+
+
+def test_where_nothing_can_be_locked_a_warning_says_so(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(file: IO[bytes]) -> bool:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(HELLO)
+    (tmp_path / "out.jsonl").touch()
+    monkeypatch.setattr("rwkv_runtime.cli.batch.lock", unsupported)
+    result = batch(tiny, source)
+    assert result.exit_code == 0
+    assert result.stderr.count("out.jsonl cannot be locked (Operation not supported)") == 1

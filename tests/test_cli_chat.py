@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cli_runs import CODE, rwkv_run, save_tiny_model, started
+from cli_runs import CODE, at_a_terminal, rwkv_run, save_tiny_model, started, wait_for
 from click.testing import Result
 from helpers import byte_tokenizer
 
@@ -63,14 +63,6 @@ def state_text(path: Path, model: Path) -> str:
     return byte_tokenizer().decode((*snapshot.recent, *snapshot.pending))
 
 
-def wait_for(what: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
-    limit = time.monotonic() + 60
-    while not what():
-        assert process.poll() is None
-        assert time.monotonic() < limit
-        time.sleep(0.01)
-
-
 def test_it_answers_turn_by_turn_and_remembers(tiny: Path) -> None:
     first, second = answers(talk(tiny, "hello\n\nhow are you?\n", "--json"))
     assert (first["prompt"], second["prompt"]) == ("hello", "how are you?")
@@ -97,7 +89,8 @@ def test_piped_text_is_taken_as_it_is(tiny: Path, seen: list[str]) -> None:
 
 def test_commands_are_not_for_the_model(tiny: Path, seen: list[str]) -> None:
     result = talk(tiny, "/help\n/rest\n/\n/etc/hosts is a file\n/exit\nhello\n", "--quiet")
-    assert result.stderr.splitlines() == [HELP] * 3
+    unknown = [f"there is no command {word}; {HELP}" for word in ("/rest", "/")]
+    assert result.stderr.splitlines() == [HELP, *unknown]
     assert seen == ["User: /etc/hosts is a file\n\nAssistant:"]
 
 
@@ -157,12 +150,8 @@ def test_a_broken_pipe_does_not_lose_the_state(tiny: Path, tmp_path: Path) -> No
 
 @posix
 def test_at_a_terminal_ctrl_c_discards_the_line_or_ends_the_answer(tiny: Path) -> None:
-    import pty
     import select
 
-    ours, theirs = pty.openpty()
-    process = started(tiny, "--chat", *ENDLESS, stdin=theirs, stdout=theirs, stderr=theirs)
-    os.close(theirs)
     shown = b""
 
     def shows(what: bytes, times: int) -> Callable[[], bool]:
@@ -174,7 +163,7 @@ def test_at_a_terminal_ctrl_c_discards_the_line_or_ends_the_answer(tiny: Path) -
 
         return check
 
-    try:
+    with at_a_terminal(tiny, "--chat", *ENDLESS) as (process, ours):
         wait_for(shows(b"User: ", 1), process)
         os.write(ours, b"half a li")
         wait_for(shows(b"half a li", 1), process)
@@ -190,7 +179,3 @@ def test_at_a_terminal_ctrl_c_discards_the_line_or_ends_the_answer(tiny: Path) -
         os.write(ours, b"\x04")
         assert process.wait(timeout=60) == 0
         assert b"prompt 23 tokens" in shown  # the discarded line is no part of the message
-    finally:
-        process.kill()
-        process.wait()
-        os.close(ours)

@@ -66,10 +66,37 @@ def test_each_parameter_of_the_sampler_comes_from_the_nearest_place(seen: dict, 
     assert seen["params"] == {"temperature": "2", "top_p": 0.3, "top_k": "7"}
 
 
+def test_a_parameter_given_twice_in_one_place_must_be_the_same(seen: dict, tmp_path: Path) -> None:
+    assert invoke("-o", "top-p", "0.50", "--top-p", "0.5", OPTION="top_p 0.1", TOP_P="0.1").exit_code == 0
+    assert seen["params"] == {"top_p": 0.5}
+    assert "top_p is given as 0.2 by --top-p and as 0.1 by -o" in invoke(OPTION="top_p 0.1", TOP_P="0.2").stderr
+    config = tmp_path / "run.toml"
+    config.write_text("temperature = 0.5\n[option]\ntemperature = 1\n", encoding="utf-8")
+    assert "temperature is given as 0.5 by" in invoke("--config", str(config)).stderr
+
+
+def test_what_is_set_for_other_runs_too_is_not_refused_where_it_is_of_no_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [n for n in os.environ if n.startswith("RWKV_")]:
+        monkeypatch.delenv(name)
+    result = invoke("--json", *MISSING, CHAT_FORMAT="think", ROWS="2", ECHO="1", OUTPUT="out.jsonl")
+    assert (result.exit_code, result.stderr) == (1, "Error: missing.pth: no such file\n")
+
+
+def test_a_misspelt_variable_is_named_in_a_warning_with_the_nearest_right_one(seen: dict) -> None:
+    result = invoke(MAX_TOKENZ="3", ZZZ="1", JSON="1", TOP_P="0.5")
+    assert (result.exit_code, seen["max_tokens"]) == (0, 512)
+    assert result.stderr == (
+        "warning: no option is set by the variable RWKV_RUN_MAX_TOKENZ (did you mean RWKV_RUN_MAX_TOKENS?), "
+        "nor by RWKV_RUN_ZZZ (see rwkv-run --help)\n"
+    )
+    assert invoke(MAX_TOKENS="3").stderr == ""
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("samplers = true", "there is no option 'samplers'"),
+        ("max-token = 3", "there is no option 'max-token'; did you mean max-tokens?"),
         ("model = 5", "model is a text"),
         ("output = true", "output is a text"),
         ("seed = 1.7", "seed is a whole number"),
@@ -92,15 +119,31 @@ def test_a_setting_of_the_wrong_type_in_the_file_is_refused_in_one_line(line, me
     [
         (["--threads", "0"], "'--threads'"),
         (["--stop", ""], "a stop string cannot be empty"),
-        (["--nonsense"], "No such option"),
+        (["--nonsense"], "there is no option --nonsense; see rwkv-run --help"),
+        (["--max-token", "3"], "there is no option --max-token; did you mean --max-tokens?"),
+        (["--max_tokens", "3"], "did you mean --max-tokens?"),
+        (["--no-eco"], "did you mean --no-echo?"),
+        (["--hlep"], "did you mean --help?"),
+        (["-Z"], "there is no option -Z; see rwkv-run --help"),
+        (["hi", "there", "--seed", "1"], 'the prompt is one argument; put it in quotes: rwkv-run "hi there"'),
+        (["word"] * 400, 'word word word ..."'),
+        (["--quant", "int4"], "there is no quantization 'int4'; there is only int8"),
         (["--file", "missing.txt"], "--file missing.txt: no such file"),
         (["--load-state", "missing.state"], "--load-state missing.state: no such file"),
+        (["--load-state", __file__], "test_cli_options.py: not a saved state; --save-state FILE makes one"),
+        (["--load-state", "."], "--load-state .: a directory"),
         (["--vocab", "."], "--vocab .: a directory"),
         (["--save-state", "missing/x.state"], "its folder is missing"),
         (["--save-state", "."], "not a file that could be replaced"),
         (["--sha256", "zz"], "64 hexadecimal digits"),
         (["--chat", "--trials", "2"], "--chat takes no --trials"),
         (["--logprobs", "2"], "--logprobs goes with"),
+        (["--chat-format", "think"], "--chat-format goes with --chat"),
+        (["--rows", "2"], "--rows goes with --prompts"),
+        (["--output", "out.jsonl"], "--output goes with --prompts"),
+        (["--chat", "--echo"], "--chat takes no --echo"),
+        (["--json", "--echo"], "--json takes no --echo"),
+        (["-o", "top_p", "0.5", "--top-p", "0.4"], "top_p is given as 0.4 by --top-p and as 0.5 by -o; leave one"),
     ],
 )
 def test_what_cannot_be_right_is_one_line_before_the_model_is_looked_for(args: list[str], message: str) -> None:
@@ -124,6 +167,7 @@ def test_a_dash_reads_standard_input_and_a_closed_one_is_empty(monkeypatch: pyte
     stdin = SimpleNamespace(buffer=SimpleNamespace(read=lambda: b"piped\n"), isatty=lambda: True)
     monkeypatch.setattr("sys.stdin", stdin)
     assert read_prompt({"prompt": "-", "file": None}) == "piped"
+    assert read_prompt({"prompt": None, "file": "-"}) == "piped"
     assert read_prompt({"prompt": None, "file": None}) == ""
     monkeypatch.setattr("sys.stdin", None)
     assert read_prompt({"prompt": None, "file": None}) == ""

@@ -177,11 +177,15 @@ def test_backends_agree(
     if reason := backend.why_not(model):
         pytest.skip(f"{backend.name} cannot be used here: {reason}")
     expected = logits_of(model, TOKENS[:6])
-    engine = Engine(model, backend, Nucleus(), tokenizer)
-    for token, logits in zip(TOKENS, expected, strict=False):
-        engine.tokens[0] = token
-        engine._ticks[1]()
-        assert apart(engine.logits[0, PRESENT], logits[PRESENT]) < (1e-4 if dtype == torch.float32 else 0.05)
+    engine = Engine(model, backend, Nucleus(), tokenizer, rows=2)
+    for size in (1, 2):
+        for row in range(size):
+            engine.state.clear(row)
+        for token, logits in zip(TOKENS, expected, strict=False):
+            engine.tokens[:size] = token
+            engine._ticks[size]()
+            for ours in engine.logits[:size]:
+                assert apart(ours[PRESENT], logits[PRESENT]) < (1e-4 if dtype == torch.float32 else 0.05)
 
 
 def test_a_state_goes_from_a_dense_model_to_its_rounded_one_and_back(
@@ -264,8 +268,8 @@ def test_the_command_line_takes_it(tmp_path: Path) -> None:
 def test_another_name_is_refused_before_anything_is_loaded(value: str) -> None:
     result = rwkv_run(Path("missing.pth"), "hello", "--quant", value)
     assert result.exit_code == 2
-    assert f"there is no quantization {value!r}; there are int8" in result.stderr
-    with pytest.raises(OptionError, match="there are int8"):
+    assert f"there is no quantization {value!r}; there is only int8" in result.stderr
+    with pytest.raises(OptionError, match="there is only int8"):
         rwkv_runtime.load("missing.pth", quant=value)
 
 

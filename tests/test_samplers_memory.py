@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 from collections.abc import Sequence
@@ -10,10 +11,11 @@ from dataclasses import replace
 import pytest
 import torch
 from engines import finish
-from helpers import controls_of
+from helpers import byte_tokenizer, controls_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rwkv_backends.eager import Eager
+from rwkv_samplers import dry
 from rwkv_samplers.bias import Banned, LogitBias
 from rwkv_samplers.dry import WINDOW, Dry
 from rwkv_samplers.mirostat import Mirostat
@@ -121,6 +123,31 @@ def test_dry_does_not_reach_across_breakers(tokenizer: Tokenizer) -> None:
             assert bool((kept < 0).any()) == lowered, (text, split)
 
 
+def test_dry_looks_through_a_vocabulary_once_for_each_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[bytes] = []
+    holding = dry._holding
+
+    def watched(tokenizer: Tokenizer, characters: bytes, vocab_size: int) -> list[int]:
+        looks.append(characters)
+        return holding(tokenizer, characters, vocab_size)
+
+    monkeypatch.setattr(dry, "_holding", watched)
+    sampler, vocabulary = Dry(), byte_tokenizer()
+    tables = []
+    for breakers in (":", ":", ",", ":"):
+        controls = replace(controls_of(sampler, 1, 260, dry_breakers=breakers), tokenizer=vocabulary)
+        sampler.prime(torch.tensor([5]), controls)
+        tables.append(controls.slots["dry_breaks"][0].nonzero().flatten().tolist())
+    assert tables == [[1 + ord(breakers)] for breakers in (":", ":", ",", ":")]
+    assert looks == [b":", b","]
+    for i in range(20):  # a stranger's settings do not pile up
+        sampler._breaking(vocabulary, b"%d" % i, 260)
+    assert len(sampler._breaks[vocabulary]) == dry.TABLES
+    del vocabulary, controls
+    gc.collect()
+    assert len(sampler._breaks) == 0  # nor do vocabularies
+
+
 def test_a_harsh_dry_still_leaves_something() -> None:
     params = {"dry_multiplier": 100.0, "dry_base": 10.0, "dry_allowed_length": 1}
     kept = filtered(Dry(), [0] * 500, [], torch.zeros(1), **params)
@@ -172,7 +199,7 @@ def test_bias_and_bans_are_by_token() -> None:
         (LogitBias(), {"bias": "5:inf"}, "'5:inf' is no token id with a number"),
         (LogitBias(), {"bias": "1:nan"}, "'1:nan' is no token id with a number"),
         (LogitBias(), {"bias": "6:1"}, "bias names token ids from 0 to 5, and '6' is none"),
-        (Banned(), {"banned": "1,-2"}, "banned names token ids from 0 to 5, and '-2' is none"),
+        (Banned(), {"banned": "1,-2"}, "banned names token ids from 0, and '-2' is none"),
         (Banned(), {"banned": "²"}, "and '²' is none"),
         (Banned(), {"banned": "1 2"}, "and '1 2' is none"),
     ],

@@ -118,13 +118,15 @@ def test_files_that_are_no_states(path: Path, model: Model, checkpoint: Tensors,
     assert "no such file" in refusal(tmp_path / "none", model)
     assert "a directory" in refusal(tmp_path, model)
     (tmp_path / "empty").touch()
-    assert "empty" in refusal(tmp_path / "empty", model)
     (tmp_path / "text").write_text("Once upon a time")
-    assert "damaged" in refusal(tmp_path / "text", model)
     save_file(checkpoint, tmp_path / "weights")
-    assert "not a saved state" in refusal(tmp_path / "weights", model)
+    torch.save(dict(checkpoint), tmp_path / "weights.pth")
+    for name in ("empty", "text", "weights", "weights.pth"):
+        assert refusal(tmp_path / name, model).endswith("not a saved state; --save-state FILE makes one")
+    (tmp_path / "half").write_bytes(path.read_bytes()[:-9])
+    assert "truncated" in refusal(tmp_path / "half", model)
     save_file(load_file(path), tmp_path / "newer", metadata_of(path) | {"format": "rwkv-runtime state 2"})
-    assert "not a saved state of this version" in refusal(tmp_path / "newer", model)
+    assert "saved by another version" in refusal(tmp_path / "newer", model)
 
 
 def test_another_models_state(path: Path, architecture: Architecture, plugins: Plugins, tmp_path: Path) -> None:

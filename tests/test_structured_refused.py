@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import rwkv_structured
+from cli_runs import rwkv_run
 from engines import finish
 from structured import ask, engine_of
 
@@ -27,10 +28,10 @@ def engine(plugins) -> Engine:
 def refusal(engine: Engine, **params: object) -> str:
     """The refusal of a setting, which must come within a second."""
     begin = time.perf_counter()
-    (generation,) = finish(engine, ask(8, **params))
-    assert isinstance(generation.error, OptionError), (generation.finish, generation.text)
+    with pytest.raises(OptionError) as caught:
+        engine.submit(ask(8, **params))
     assert time.perf_counter() - begin < 1
-    return str(generation.error)
+    return str(caught.value)
 
 
 UNSUPPORTED = {
@@ -93,6 +94,15 @@ def test_what_is_wrong_is_said_in_one_line(engine, params, problem):
     message = refusal(engine, **params)
     assert problem in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(("params", "problem"), [*OTHERWISE_WRONG[:1], OTHERWISE_WRONG[3], OTHERWISE_WRONG[9]])
+def test_the_command_refuses_it_before_the_model_is_loaded(params, problem):
+    words = [word for name, text in params.items() for word in ("-o", name, text)]
+    result = rwkv_run(Path("missing.pth"), "Once", "--sampler", "structured,greedy", *words)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert problem in result.stderr
+    assert len(result.stderr.splitlines()) == 1
 
 
 def chain_of(count: int) -> dict[str, object]:

@@ -179,6 +179,15 @@ def test_several_mistakes_are_a_line_each():
     assert [("batch-mates" in line, "waits" in line) for line in str(caught.value).splitlines()] == [(1, 0), (0, 1)]
 
 
+def test_a_check_that_refuses_the_defaults_is_named():
+    class Choosy(Floor):
+        def check(self, params):
+            raise OptionError("nothing is good enough")
+
+    with pytest.raises(AssertionError, match="its check refuses the defaults: OptionError: nothing is good enough"):
+        check_sampler(Choosy())
+
+
 def test_the_distribution_is_exact_and_has_a_setting_for_each_row():
     logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
     got = distribution(Floor(), logits.expand(3, -1), floor=[0.0, 0.3, 0.9])

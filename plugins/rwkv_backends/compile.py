@@ -7,11 +7,14 @@ inductor skip its own CUDA graphs. What inductor compiled, it keeps on disk for 
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import shutil
 import sys
 import types
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -22,6 +25,7 @@ from torch import Tensor
 from rwkv_backends.graphs import Graphs
 from rwkv_runtime import Backend, Forward, Model, Tick, hookimpl
 
+logger = logging.getLogger("rwkv_runtime")
 GPU_OPTIONS: dict[str, Any] = {"coordinate_descent_tuning": True}
 """Products of one row become reductions, which are fused with what is around them; each is then tuned by trying."""
 
@@ -33,6 +37,7 @@ class Compile(Backend):
 
     def __init__(self) -> None:
         self._graphs = Graphs()
+        self._announced = False
 
     def why_not(self, model: Model | None) -> str | None:
         if not torch._dynamo.is_dynamo_supported():  # type: ignore[attr-defined]
@@ -49,15 +54,39 @@ class Compile(Backend):
         return partial(model.architecture.forward, model.architecture.ops, model.weights)
 
     def freeze(self, tick: Tick, buffers: Sequence[Tensor]) -> Tick:
+        if not self._announced:  # several sizes of batch are one wait
+            logger.info("compiling, once; it can take a minute, and a few seconds at the next start")
+            self._announced = True
         gpu = buffers[0].is_cuda
         saved = [buffer.clone() for buffer in buffers]
         compiled: Tick = torch.compile(
             _own_code(tick), fullgraph=True, dynamic=False, options=GPU_OPTIONS if gpu else None
         )
-        compiled()  # compiles now, so that a failure shows here
+        with _unheard_warnings():
+            compiled()  # compiles now, so that a failure shows here
         for buffer, value in zip(buffers, saved, strict=True):
             buffer.copy_(value)
         return self._graphs.capture(compiled, buffers) if gpu else compiled
+
+
+@contextlib.contextmanager
+def _unheard_warnings() -> Iterator[None]:
+    """Inside, what torch merely warns of is kept from the user, who can do nothing about it.
+
+    TORCH_LOGS, torch's own way to ask for more, brings all of it back.
+    """
+    if os.environ.get("TORCH_LOGS"):
+        yield
+        return
+    torch_logger = logging.getLogger("torch")
+    level = torch_logger.level
+    torch_logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch_logger.setLevel(level)
 
 
 def _own_code(tick: Tick) -> Tick:

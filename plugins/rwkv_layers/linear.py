@@ -86,8 +86,10 @@ def quantized(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     widening them first, and it needs a whole number of 16 columns. For float32 and float16 it is 10 times as slow.
     """
     if x.dtype == torch.bfloat16 and x.is_cpu and x.shape[0] <= 8 and x.shape[1] % 16 == 0:
-        scale = scale.to(x.dtype).as_strided(scale.shape, [1])  # torch.compile takes no other way to have it written
-        return torch._weight_int8pack_mm(x.contiguous(), weight, scale)
+        # The kernel wants both as they lie in memory, which torch.compile takes no other way to have written.
+        scale = scale.to(x.dtype).as_strided(scale.shape, [1])
+        x = x.contiguous().as_strided(x.shape, [x.shape[1], 1])
+        return torch._weight_int8pack_mm(x, weight, scale)
     if x.dtype == torch.float16:  # which does not hold sums of products with 127
         return F.linear(x, (weight * scale.unsqueeze(1)).to(x.dtype))
     return F.linear(x, weight.to(x.dtype)).mul_(scale.to(x.dtype))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -22,17 +23,14 @@ class LogitBias(Sampler):
     def slots(self, vocab_size: int) -> dict[str, TensorSpec]:
         return {"bias": TensorSpec((vocab_size,), torch.float32)}
 
+    def check(self, params: Mapping[str, float | str]) -> None:
+        for _ in _biases(params["bias"]):
+            continue
+
     def prime(self, tokens: Tensor, controls: Controls) -> None:
         bias = controls.slots["bias"]  # [1, V]
-        for item in _items(controls.notes[0]["bias"]):
-            token, colon, amount = item.partition(":")
-            try:
-                value = float(amount)
-            except ValueError:
-                value = math.nan
-            if not colon or not math.isfinite(value):
-                raise OptionError(f"bias is a list like 13:-1.5,20:2, and {item!r} is no token id with a number")
-            bias[0, _token_id("bias", token, bias.shape[1])] = value
+        for token, amount in _biases(controls.notes[0]["bias"], bias.shape[1]):
+            bias[0, token] = amount
 
     def filter(self, logits: Tensor, controls: Controls) -> Tensor:
         return bounded(logits, logits + controls.slots["bias"])
@@ -49,6 +47,10 @@ class Banned(Sampler):
     def slots(self, vocab_size: int) -> dict[str, TensorSpec]:
         return {"banned": TensorSpec((vocab_size,), torch.bool)}
 
+    def check(self, params: Mapping[str, float | str]) -> None:
+        for item in _items(params["banned"]):
+            _token_id("banned", item)
+
     def prime(self, tokens: Tensor, controls: Controls) -> None:
         banned = controls.slots["banned"]  # [1, V]
         for item in _items(controls.notes[0]["banned"]):
@@ -59,15 +61,29 @@ class Banned(Sampler):
         return logits.masked_fill(controls.slots["banned"] & ~logits.isnan(), -torch.inf)
 
 
-def _items(text: str) -> list[str]:
-    return [item.strip() for item in text.split(",") if item.strip()]
+def _biases(text: float | str, vocab_size: int | None = None) -> Iterator[tuple[int, float]]:
+    """Each token id with what is added to its logit. Raises OptionError."""
+    for item in _items(text):
+        token, colon, amount = item.partition(":")
+        try:
+            value = float(amount)
+        except ValueError:
+            value = math.nan
+        if not colon or not math.isfinite(value):
+            raise OptionError(f"bias is a list like 13:-1.5,20:2, and {item!r} is no token id with a number")
+        yield _token_id("bias", token, vocab_size), value
 
 
-def _token_id(option: str, text: str, vocab_size: int) -> int:
-    """Raises OptionError for what is no token id of this vocabulary."""
+def _items(text: float | str) -> list[str]:
+    return [item.strip() for item in str(text).split(",") if item.strip()]
+
+
+def _token_id(option: str, text: str, vocab_size: int | None = None) -> int:
+    """Raises OptionError for what is no token id, of this vocabulary or of any."""
     token = int(text) if text.strip().isascii() and text.strip().isdigit() and len(text) < 12 else -1
-    if not 0 <= token < vocab_size:
-        raise OptionError(f"{option} names token ids from 0 to {vocab_size - 1}, and {text!r} is none")
+    if token < 0 or (vocab_size is not None and token >= vocab_size):
+        last = "" if vocab_size is None else f" to {vocab_size - 1}"
+        raise OptionError(f"{option} names token ids from 0{last}, and {text!r} is none")
     return token
 
 

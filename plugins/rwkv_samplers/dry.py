@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from rwkv_samplers.selection import bounded
 
 WINDOW = 1024
 """How many of the latest tokens a row remembers."""
+TABLES = 8
+"""How many settings of `dry_breakers` are kept ready for a vocabulary."""
 HARSHEST = 1e30
 """A penalty beyond any logit, with room below it in float32."""
 
@@ -35,6 +38,9 @@ class Dry(Sampler):
     }
     runs = "graph"
 
+    def __init__(self) -> None:
+        self._breaks: WeakKeyDictionary[Tokenizer, dict[tuple[bytes, int], Tensor]] = WeakKeyDictionary()
+
     def slots(self, vocab_size: int) -> dict[str, TensorSpec]:
         return {
             "dry_text": TensorSpec((WINDOW,), torch.int64),  # the latest tokens plus 1, the last one last; 0 is none
@@ -46,13 +52,24 @@ class Dry(Sampler):
         text, match, breaks = (controls.slots[name][0] for name in self.slots(0))
         characters = str(controls.notes[0].get("dry_breakers", "")).encode()
         if characters and controls.tokenizer is not None:
-            breaks[_holding(controls.tokenizer, characters, len(breaks))] = True
+            breaks.copy_(self._breaking(controls.tokenizer, characters, len(breaks)))
         latest = tokens[-WINDOW:].tolist()
         if latest:
             ends = breaks[tokens[-WINDOW:]].tolist()
             text[-len(latest) :] = tokens[-WINDOW:] + 1
             lengths = _lengths([None if end else token for token, end in zip(latest, ends, strict=True)])
             match[-len(latest) :] = torch.tensor(lengths, device=match.device)
+
+    def _breaking(self, tokenizer: Tokenizer, characters: bytes, vocab_size: int) -> Tensor:
+        """Which tokens hold one of these bytes, bool [V]; made once, as it takes a look at every token."""
+        known, key = self._breaks.setdefault(tokenizer, {}), (characters, vocab_size)
+        if key not in known:
+            table = torch.zeros(vocab_size, dtype=torch.bool)
+            table[_holding(tokenizer, characters, vocab_size)] = True
+            if len(known) >= TABLES:
+                known.pop(next(iter(known)))
+            known[key] = table
+        return known[key]
 
     def filter(self, logits: Tensor, controls: Controls) -> Tensor:
         text, match = controls.slots["dry_text"], controls.slots["dry_match"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,6 +28,9 @@ class Structured(Sampler):
 
     def __init__(self) -> None:
         self._vocabularies: WeakKeyDictionary[Tokenizer, Any] = WeakKeyDictionary()
+
+    def check(self, params: Mapping[str, float | str]) -> None:
+        grammar_of({kind: str(params[kind]) for kind in KINDS})
 
     def prime(self, tokens: Tensor, controls: Controls) -> None:
         note = controls.notes[0]

@@ -13,7 +13,16 @@ import click
 from rwkv_runtime import __version__
 from rwkv_runtime.cli.command import OneLineCommand, nothing_to_lose
 from rwkv_runtime.cli.formats import FORMATS
-from rwkv_runtime.cli.options import CountType, PairType, StopType, read_config, sampler_params
+from rwkv_runtime.cli.options import (
+    VARIABLES,
+    CountType,
+    PairType,
+    StopType,
+    read_config,
+    sampler_params,
+    typed,
+    unknown_variables,
+)
 
 EPILOG = """\b
 Examples:
@@ -31,13 +40,13 @@ line wins over the environment, the environment over the file."""
     cls=OneLineCommand,
     epilog=EPILOG,
     context_settings={
-        "auto_envvar_prefix": "RWKV_RUN",
+        "auto_envvar_prefix": VARIABLES.removesuffix("_"),
         "help_option_names": ["-h", "--help"],
         "max_content_width": 100,
     },
 )
 @click.argument("prompt", required=False)
-@click.option("--file", type=click.Path(), help="Read the prompt from a file.")
+@click.option("--file", type=click.Path(), help="Read the prompt from a file; - is standard input.")
 @click.option("-m", "--model", type=click.Path(), help="Checkpoint, .pth or .safetensors.  [default: the story model]")
 @click.option("--vocab", type=click.Path(), help="Vocabulary file.  [default: MODEL.vocab.txt, else RWKV World's]")
 @click.option("--sha256", help="Refuse a checkpoint whose SHA-256 is another.")
@@ -81,10 +90,12 @@ def command(ctx: click.Context, /, **options: Any) -> None:
 
     The prompt is the argument, or --file, or standard input.
     """
+    if warning := unknown_variables(ctx):
+        click.echo(f"warning: {warning}", err=True)
     with nothing_to_lose():
         from rwkv_runtime.cli.run import run  # torch is loaded here
 
-    run(options | {"params": sampler_params(ctx)})
+    run(options | {"params": sampler_params(ctx), "typed": typed(ctx)})
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import stat
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from rwkv_runtime.cli.command import INTERRUPTED
 from rwkv_runtime.cli.explain import as_record
 from rwkv_runtime.cli.interrupts import deferred
+from rwkv_runtime.cli.lock import lock
 from rwkv_runtime.cli.run import Session, outcome
 from rwkv_runtime.errors import OptionError, RwkvError
 from rwkv_runtime.generation import Generation, Request
@@ -42,23 +44,28 @@ def run_batch(session: Session) -> None:
     """
     source, target = Path(session.options["prompts"]), Path(session.options["output"])
     digests = _digests(source)
-    done, end = _earlier(target, source, digests)
-    lines = ((number, raw) for number, raw in _lines(source) if number not in done)
     hidden = True if session.options["quiet"] else None  # None: hidden unless on a terminal
-    with (
-        deferred() as interrupted,
-        open(target, "ab") as output,
-        tqdm(total=len(digests), initial=len(done), unit="prompt", disable=hidden) as bar,
-    ):
+    with deferred() as interrupted, open(target, "ab") as output:
+        _claim(output, target)
+        done, end = _earlier(target, source, digests)
         output.truncate(end)
-        batch = _Batch(session, output, bar)
-        finished = batch.run(lines, interrupted)
+        lines = ((number, raw) for number, raw in _lines(source) if number not in done)
+        with tqdm(total=len(digests), initial=len(done), unit="prompt", leave=False, disable=hidden) as bar:
+            batch = _Batch(session, output, bar)
+            finished = batch.run(lines, interrupted)
     if not finished:
-        click.echo(f"\ninterrupted; the same command takes up the rest of {source}", err=True)
+        so_far = f"{len(done) + batch.written} of {len(digests)} lines done"
+        click.echo(f"interrupted, {so_far}; the same command takes up the rest of {source}", err=True)
         raise click.exceptions.Exit(INTERRUPTED)
     failed = batch.failed + sum(done.values())
+    summary = f"{failed} of {len(digests)} lines failed; their records in {target} say why"
+    if not failed:
+        summary = f"{len(digests)} of {len(digests)} lines done; their records are in {target}"
+    if not session.options["quiet"]:
+        click.echo(f"{summary} {batch.figures()}".rstrip(), err=True)
+    elif failed:
+        click.echo(summary, err=True)
     if failed:
-        click.echo(f"{failed} of {len(digests)} lines failed; their records in {target} say why", err=True)
         raise click.exceptions.Exit(1)
 
 
@@ -68,7 +75,8 @@ class _Batch:
     def __init__(self, session: Session, output: IO[bytes], bar: tqdm[NoReturn]) -> None:
         self.session, self.output, self.bar = session, output, bar
         self.pending: dict[Generation, tuple[int, bytes, dict[str, Any]]] = {}
-        self.failed = 0
+        self.written = self.failed = self.tokens = 0
+        self.started = time.perf_counter()
 
     def run(self, lines: Iterator[tuple[int, bytes]], interrupted: Callable[[], bool]) -> bool:
         """Takes a line or makes a step, in turn, until all is written; False where Ctrl-C came first."""
@@ -85,6 +93,12 @@ class _Batch:
         for generation in self.pending:
             engine.cancel(generation)
         return False
+
+    def figures(self) -> str:
+        """What this run wrote until now, for a person; nothing where it wrote nothing."""
+        rate = self.tokens / (time.perf_counter() - self.started)
+        figures = f"[wrote {self.tokens} tokens, {rate:.1f}/s | {self.session.runtime.backend.name}]"
+        return figures if self.tokens else ""
 
     def _take(self, number: int, raw: bytes) -> None:
         try:
@@ -103,7 +117,9 @@ class _Batch:
             self._put(number, raw, record)
 
     def _put(self, number: int, raw: bytes, record: dict[str, Any]) -> None:
+        self.written += 1
         self.failed += "error" in record
+        self.tokens += record.get("tokens", 0)
         text = json.dumps({"line": number, "of": _digest(raw), **record}, ensure_ascii=False) + "\n"
         self.output.write(text.encode("utf-8", "backslashreplace"))  # \ud800 is JSON's own way to write it
         self.output.flush()
@@ -187,6 +203,20 @@ def _check_target(target: Path, source: Path) -> None:
         raise OptionError(f"--output {target}: the file of --prompts; name another one")
     if not os.access(target, os.R_OK | os.W_OK):
         raise OptionError(f"--output {target}: cannot be read and written")
+    with open(target, "r+b") as file:
+        _claim(file, target, warn=False)
+
+
+def _claim(file: IO[bytes], target: Path, warn: bool = True) -> None:
+    """Raises OptionError where another run is writing the file: each would write records that the other has."""
+    try:
+        claimed = lock(file)
+    except OSError as error:
+        claimed = True
+        if warn:
+            click.echo(f"warning: {target} cannot be locked ({error.strerror}); let no other run write it", err=True)
+    if not claimed:
+        raise OptionError(f"--output {target}: another rwkv-run is writing it; wait for that, or name another file")
 
 
 def _lines(source: Path) -> Iterator[tuple[int, bytes]]:

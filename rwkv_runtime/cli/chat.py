@@ -56,7 +56,7 @@ def _exchange(conversation: Conversation, interactive: bool) -> bool:
         if message in ("/reset", "/clear"):
             conversation.forget()
         elif COMMAND.fullmatch(message):
-            click.echo(HELP, err=True)
+            click.echo(HELP if message == "/help" else f"there is no command {message}; {HELP}", err=True)
         elif message:
             finish = conversation.turn(message).finish
             if finish == "cancelled" and not interactive:
@@ -117,19 +117,23 @@ class Conversation:
             self.session.engine.cancel(generation)  # a second Ctrl-C or a broken pipe leaves it unfinished
             if generation.prompt_snapshot is not None:
                 self.snapshot, self.said = generation.prompt_snapshot, self.form.answer(clean(generation.text))
+        if isinstance(generation.error, OptionError):  # so would every other turn
+            raise generation.error
         self.session.report(generation, message)
         return generation
 
     def _show(self, generation: Generation) -> None:
-        silent, opening = self.session.options["as_json"], self.form.opening.lstrip()
-        begun = bool(opening)
-        if not silent:
-            click.echo(opening, nl=False)
+        """The opening is shown with the first token, as the prompt of a single text is."""
+        silent, unshown = self.session.options["as_json"], self.form.opening.lstrip()
+        begun = bool(unshown)
         for piece in follow(self.session.engine, generation):
             shown = piece if begun else piece.lstrip()
             begun = begun or bool(shown)
-            if shown and not silent:
-                click.echo(shown, nl=False)
+            if not silent and generation.tokens:
+                click.echo(unshown + shown, nl=False)
+                unshown = ""
+        if isinstance(generation.error, OptionError):
+            return
         if not silent:
             click.echo()
         if generation.error:

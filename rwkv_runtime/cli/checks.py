@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rwkv_runtime.errors import OptionError
+from rwkv_runtime.errors import OptionError, StateError
 from rwkv_runtime.plugins import Plugins
 from rwkv_runtime.runtime import AUTO, check_quant, parse_device, parse_dtype
 from rwkv_runtime.sampler import check_params
+from rwkv_runtime.snapshot import check_snapshot
 
 
 def check(options: Mapping[str, Any], plugins: Plugins) -> None:
@@ -40,9 +41,14 @@ def _check_modes(options: Mapping[str, Any]) -> None:
             barred += [name for name in ("load_state", "save_state") if options[name]]
         if barred:
             raise OptionError(f"--{mode} takes no {'prompt' if barred[0] == 'prompt' else _dashed(barred[0])}")
+    for name, needed in (("chat_format", "chat"), ("rows", "prompts")):
+        if name in options["typed"] and not options[needed]:
+            raise OptionError(f"{_dashed(name)} goes with --{needed}")
+    if "echo" in options["typed"] and options["echo"] and (mode or options["as_json"]):
+        raise OptionError(f"--{mode or 'json'} takes no --echo; it is for text")
     if options["prompts"] and not options["output"]:
         raise OptionError("--prompts needs --output FILE")
-    if options["output"] and not options["prompts"]:
+    if "output" in options["typed"] and not options["prompts"]:
         raise OptionError("--output goes with --prompts; to keep a single text, redirect standard output")
     if options["logprobs"] and not (options["as_json"] or options["explain"] or options["prompts"]):
         raise OptionError("--logprobs goes with --json, --explain or --prompts")
@@ -51,10 +57,16 @@ def _check_modes(options: Mapping[str, Any]) -> None:
 
 
 def _check_files(options: Mapping[str, Any]) -> None:
-    for name in ("file", "load_state", "vocab"):
-        if options[name] and not Path(options[name]).is_file():
+    for name in ("file", "vocab"):
+        stdin = name == "file" and options[name] == "-"
+        if options[name] and not stdin and not Path(options[name]).is_file():
             what = "a directory" if Path(options[name]).is_dir() else "no such file"
             raise OptionError(f"{_dashed(name)} {options[name]}: {what}")
+    if options["load_state"]:
+        try:
+            check_snapshot(options["load_state"])
+        except StateError as error:
+            raise OptionError(f"--load-state {error}") from None
     if options["save_state"]:
         target = Path(options["save_state"])
         if target.exists() and not target.is_file():
@@ -75,9 +87,10 @@ def read_prompt(options: Mapping[str, Any]) -> str:
     """The argument, the file, or standard input, whose last line end is not part of it. Raises OptionError."""
     if options["prompt"] not in (None, "-"):
         return _text(os.fsencode(options["prompt"]))
-    if options["file"]:
+    if options["file"] and options["file"] != "-":
         return _trimmed(Path(options["file"]).read_bytes())
-    if sys.stdin is None or (options["prompt"] is None and sys.stdin.isatty()):
+    asked = "-" in (options["prompt"], options["file"])
+    if sys.stdin is None or (not asked and sys.stdin.isatty()):
         return ""
     return _trimmed(sys.stdin.buffer.read())
 

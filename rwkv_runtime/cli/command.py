@@ -9,9 +9,13 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from textwrap import shorten
 from typing import Any
 
 import click
+
+from rwkv_runtime.cli.options import SEE_HELP
+from rwkv_runtime.errors import did_you_mean
 
 INTERRUPTED = 130
 WRONG_USAGE = 2
@@ -44,7 +48,7 @@ class OneLineCommand(click.Command):
         try:
             status = super().main(*args, **kwargs)
         except click.ClickException as error:
-            message = " ".join(error.format_message().split())
+            message = " ".join(self._message(error).split())
             click.echo(f"Error: {message}", err=True)
             sys.exit(error.exit_code)
         except (click.Abort, KeyboardInterrupt):
@@ -56,3 +60,22 @@ class OneLineCommand(click.Command):
             click.echo(f"Error: {error.filename or 'output'}: {error.strerror}", err=True)
             sys.exit(1)
         sys.exit(status if isinstance(status, int) else 0)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Click's, which would only say that there is one argument too many."""
+        ctx.allow_extra_args = True
+        if extra := super().parse_args(ctx, args):
+            prompt = shorten(" ".join([ctx.params["prompt"], *extra]), 60, placeholder=" ...")
+            raise click.UsageError(f'the prompt is one argument; put it in quotes: rwkv-run "{prompt}"', ctx)
+        return extra
+
+    def _message(self, error: click.ClickException) -> str:
+        """What went wrong; for a misspelt option, the nearest one and no other."""
+        if not isinstance(error, click.NoSuchOption):
+            return error.format_message()
+        spelt = [
+            name for param in self.get_params(click.Context(self)) for name in (*param.opts, *param.secondary_opts)
+        ]
+        known = [name.removeprefix("--") for name in spelt if name.startswith("--")]
+        name = error.option_name.lstrip("-").replace("_", "-")
+        return f"there is no option {error.option_name}; {did_you_mean(name, known, SEE_HELP, prefix='--')}"

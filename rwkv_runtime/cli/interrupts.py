@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+from rwkv_runtime.cli.progress import reading
 from rwkv_runtime.engine import Engine
 from rwkv_runtime.generation import Generation
 
@@ -34,7 +35,7 @@ def deferred() -> Iterator[Callable[[], bool]]:
 
 def follow(engine: Engine, generation: Generation) -> Iterator[str]:
     """The text of a request as it comes; Ctrl-C cancels it between two steps. How it ended is in the generation."""
-    with deferred() as interrupted:
+    with deferred() as interrupted, reading(generation) as progress:
         while generation.pieces or generation.finish is None:
             if interrupted():
                 engine.cancel(generation)
@@ -42,4 +43,5 @@ def follow(engine: Engine, generation: Generation) -> Iterator[str]:
                 yield generation.pieces.popleft()
             elif generation.finish is None:
                 engine.step()
+                progress()
                 yield ""  # the caller may look at what was observed

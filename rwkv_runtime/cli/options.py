@@ -6,12 +6,13 @@ import os
 import shlex
 import sys
 from collections.abc import Iterable
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
+
+from rwkv_runtime.errors import did_you_mean
 
 if TYPE_CHECKING:
     Text = click.ParamType[str]
@@ -22,7 +23,10 @@ SHORT = ("temperature", "top_p", "top_k")
 """Parameters of samplers that have an option of their own."""
 PLACES = (ParameterSource.DEFAULT_MAP, ParameterSource.ENVIRONMENT, ParameterSource.COMMANDLINE)
 """The file of options, the environment, the command line: each wins over those before it."""
-OPTION_VARIABLE = "RWKV_RUN_OPTION"
+VARIABLES = "RWKV_RUN_"
+"""What the names of all variables begin with."""
+OPTION_VARIABLE = f"{VARIABLES}OPTION"
+SEE_HELP = "see rwkv-run --help"
 
 
 class CountType(click.IntRange):
@@ -55,15 +59,30 @@ class PairType(Text):
         return str(value)
 
 
+def typed(ctx: click.Context) -> frozenset[str]:
+    """Names of the options on the command line itself: what is set elsewhere is meant for other runs, too."""
+    return frozenset(name for name in ctx.params if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE)
+
+
 def sampler_params(ctx: click.Context) -> dict[str, object]:
-    """Parameters for the sampler from `-o` and the short options; of one place, the short option wins."""
+    """Parameters for the sampler from `-o` and the short options; where one place has both, they must agree."""
     params: dict[str, object] = {}
     for place in PLACES:
-        params |= _pairs(_options_of(ctx, place))
-        for name in SHORT:
-            if ctx.get_parameter_source(name) == place:
-                params[name] = ctx.params[name]
+        pairs = _pairs(_options_of(ctx, place))
+        short = {name: ctx.params[name] for name in SHORT if ctx.get_parameter_source(name) == place}
+        for name in pairs.keys() & short.keys():
+            if not _agree(pairs[name], short[name]):
+                both = f"as {short[name]:g} by --{name.replace('_', '-')} and as {pairs[name]} by -o"
+                raise click.UsageError(f"{name} is given {both}; leave one of them out")
+        params |= pairs | short
     return params
+
+
+def _agree(text: str, number: float) -> bool:
+    try:
+        return float(text) == number
+    except ValueError:
+        return False
 
 
 def _options_of(ctx: click.Context, place: ParameterSource) -> Iterable[tuple[str, str]]:
@@ -81,8 +100,24 @@ def _options_of(ctx: click.Context, place: ParameterSource) -> Iterable[tuple[st
     return given
 
 
-def _pairs(options: Iterable[tuple[str, str]]) -> dict[str, object]:
+def _pairs(options: Iterable[tuple[str, str]]) -> dict[str, str]:
     return {name.replace("-", "_"): value for name, value in options}
+
+
+def unknown_variables(ctx: click.Context) -> str | None:
+    """One line about variables that look like an option's and are none; None where all are known.
+
+    They are not refused: an environment is shared with other versions and other people.
+    """
+    options = [p for p in ctx.command.params if isinstance(p, click.Option)]
+    known = [str(p.envvar or f"{VARIABLES}{p.name}".upper()).removeprefix(VARIABLES) for p in options]
+    given = [name.removeprefix(VARIABLES) for name in sorted(os.environ) if name.startswith(VARIABLES)]
+    hints = [
+        f"{VARIABLES}{name} ({did_you_mean(name, known, SEE_HELP, prefix=VARIABLES)})"
+        for name in given
+        if name not in known
+    ]
+    return f"no option is set by the variable {', nor by '.join(hints)}" if hints else None
 
 
 def read_config(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
@@ -95,8 +130,7 @@ def read_config(ctx: click.Context, param: click.Parameter, value: str | None) -
     for key, setting in _parse_toml(value).items():
         name = key.replace("_", "-")
         if name not in spelt:
-            near = get_close_matches(name, spelt, n=1)
-            hint = f"did you mean {near[0]}?" if near else "see rwkv-run --help"
+            hint = did_you_mean(name, spelt, SEE_HELP)
             raise click.BadParameter(f"{value}: there is no option {key!r}; {hint}", ctx, param)
         option = spelt[name]
         problem = _wrong_type(option, setting)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +17,7 @@ from rwkv_runtime.cli.command import INTERRUPTED, WrongUsage, nothing_to_lose
 from rwkv_runtime.cli.explain import as_record, table
 from rwkv_runtime.cli.figures import Figures
 from rwkv_runtime.cli.interrupts import follow
+from rwkv_runtime.cli.progress import loading
 from rwkv_runtime.engine import Engine
 from rwkv_runtime.errors import OptionError, RwkvError
 from rwkv_runtime.generation import Generation, Request
@@ -31,7 +31,7 @@ CANDIDATES = 8
 
 def run(options: Mapping[str, Any]) -> None:
     """Carries out one invocation. What goes wrong becomes one line on stderr."""
-    logging.basicConfig(format="warning: %(message)s", level=logging.WARNING)
+    _listen(options["quiet"])
     try:
         if options["table"]:
             from rwkv_runtime.cli.tables import show
@@ -45,6 +45,20 @@ def run(options: Mapping[str, Any]) -> None:
         raise click.ClickException(str(error)) from None
     except (MemoryError, torch.OutOfMemoryError):
         raise click.ClickException("out of memory; try fewer --rows, a smaller --dtype or another --device") from None
+
+
+def _listen(quiet: bool) -> None:
+    """Shows the warnings of all, and what the runtime and its plugins say of themselves, on stderr."""
+
+    class Plain(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            serious = record.levelno > logging.INFO
+            return f"{record.levelname.lower()}: {record.getMessage()}" if serious else record.getMessage()
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(Plain())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    logging.getLogger("rwkv_runtime").setLevel(logging.WARNING if quiet else logging.INFO)
 
 
 def _dispatch(options: Mapping[str, Any]) -> None:
@@ -80,7 +94,7 @@ class Session:
     def open(cls, options: Mapping[str, Any], plugins: Plugins, rows: int = 1) -> Session:
         if options["threads"]:
             torch.set_num_threads(options["threads"])
-        with _progress() as progress:
+        with loading() as progress:
             runtime = load(
                 options["model"],
                 backend=options["backend"],
@@ -160,6 +174,8 @@ def write(session: Session, prompt: str) -> None:
             request = replace(request, prompt=(), start=restart)
         generation = session.engine.submit(request)
         show(session, generation, prompt)
+        if isinstance(generation.error, OptionError):
+            raise generation.error
         restart = restart or generation.prompt_snapshot
         session.report(generation, prompt)
         last = generation.finish in ("cancelled", "error") or trial == options["trials"] - 1
@@ -172,11 +188,14 @@ def write(session: Session, prompt: str) -> None:
 
 
 def _write_text(session: Session, generation: Generation, prompt: str) -> None:
-    if session.options["echo"]:
-        click.echo(prompt, nl=False)
+    """The prompt is shown with the first token: until then the line belongs to a bar or to a refusal."""
+    unshown = prompt if session.options["echo"] else ""
     for piece in follow(session.engine, generation):
-        click.echo(piece, nl=False)
-    click.echo()
+        if generation.tokens:
+            click.echo(unshown + piece, nl=False)
+            unshown = ""
+    if not isinstance(generation.error, OptionError):
+        click.echo()
 
 
 def _write_record(session: Session, generation: Generation, prompt: str) -> None:
@@ -195,19 +214,5 @@ def _explain(session: Session, generation: Generation, prompt: str) -> None:
                 click.echo(json.dumps({"step": shown, **as_record(observation, tokenizer)}, ensure_ascii=False))
             else:
                 click.echo(f"{shown}. {table(observation, tokenizer)}")
-    if not session.options["as_json"]:
+    if not session.options["as_json"] and generation.observations:
         click.echo((prompt if session.options["echo"] else "") + generation.text)
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Any]:
-    """A bar on a terminal while a large model loads; nothing elsewhere."""
-    from tqdm import tqdm
-
-    with tqdm(desc="loading", unit="weights", unit_scale=True, delay=0.5, leave=False, disable=None) as bar:
-
-        def update(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield update

@@ -49,11 +49,11 @@ def distribution(sampler: Sampler, logits: Tensor, **params: float | Sequence[fl
 def check_sampler(sampler: Sampler, *, vocab_size: int = 64) -> None:
     """Tries a sampler on hard logits, with every parameter at its default and at its bounds.
 
-    Raises AssertionError with one line for each mistake: a parameter whose default is out of its bounds; a call
-    that raises; a wrong shape or dtype; NaN, a masked id or nothing at all to draw from; logits or controls
-    changed; a row that depends on its batch-mates; draws that do not repeat, or that do not follow `filter`; with
-    `refuses`, a draw from a row with NaN or +inf or nothing in it; and, where `runs` is "graph", a call that
-    waits for the host.
+    Raises AssertionError with one line for each mistake: a parameter whose default is out of its bounds, or that its
+    own `check` refuses; a call that raises; a wrong shape or dtype; NaN, a masked id or nothing at all to draw from;
+    logits or controls changed; a row that depends on its batch-mates; draws that do not repeat, or that do not follow
+    `filter`; with `refuses`, a draw from a row with NaN or +inf or nothing in it; and, where `runs` is "graph", a call
+    that waits for the host.
     """
     problems = list(_parameter_problems(sampler))
     cases = list(cases_of(sampler, vocab_size)) if not problems else []
@@ -84,6 +84,10 @@ def _parameter_problems(sampler: Sampler) -> Iterator[str]:
                     param.check(name, value)
             except OptionError as error:
                 yield f"the {what} of {name} is out of its own bounds: {error}"
+    try:
+        sampler.check({name: param.default for name, param in sampler.params.items()})
+    except Exception as error:  # whatever a stranger's sampler raises is the finding
+        yield f"its check refuses the defaults: {reason(error)}{author_line(error)}"
 
 
 def _controls(sampler: Sampler, cases: Sequence[Case], vocab_size: int) -> Controls:
