@@ -58,11 +58,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpoint = make_checkpoint(architecture, options.size, options.dtype, folder)
         model = build_model(checkpoint.tensors(), plugins.architectures, CUDA)
     print(f"{torch.cuda.get_device_name()}: {ceilings.read():.0f} GB/s read", flush=True)
+    expected: dict[int, torch.Tensor] = {}
     for tuning in [Tuning(), *options.tries]:
         differs = ", ".join(f"{name}={value}" for name, value in changes(tuning).items()) or "as it is"
         for rows in options.batch:
-            step = decode_step(plugins, model, tuning, options.sampler, rows)
-            report(f"{options.size} decode {rows}: {differs}", step, decode_share(checkpoint, model, rows, ceilings))
+            step, logits = decode_step(plugins, model, tuning, options.sampler, rows)
+            expected.setdefault(rows, logits)
+            off = float((logits - expected[rows]).norm() / expected[rows].norm())
+            what = f"{options.size} decode {rows}: {differs}"
+            report(what, step, decode_share(checkpoint, model, rows, ceilings))
+            print(f"  logits differ from the first by {off:.0e}", flush=True)
             if options.profile:
                 print_profile(step)
         for length in options.length:
@@ -88,12 +93,16 @@ def changes(tuning: Tuning) -> dict[str, int]:
     return {name: value for name, value in dataclasses.asdict(tuning).items() if value != usual[name]}
 
 
-def decode_step(plugins: Plugins, model: Model, tuning: Tuning, sampler: str, rows: int) -> Callable[[], None]:
-    """One replay of the engine's own frozen step."""
+def decode_step(
+    plugins: Plugins, model: Model, tuning: Tuning, sampler: str, rows: int
+) -> tuple[Callable[[], None], torch.Tensor]:
+    """One replay of the engine's own frozen step, and the logits [rows, V] of the eighth one."""
     tokenizer = load_tokenizer(world_vocabulary())
     engine = Engine(model, Fused(tuning), plugins.sampler(sampler), tokenizer, rows)
-    engine.tokens.copy_(torch.tensor(prompt(rows))[:, None])
-    return engine._ticks[rows]
+    for place in range(8):
+        engine.tokens.copy_(torch.tensor(prompt(rows, place))[:, None])
+        engine._ticks[rows]()
+    return engine._ticks[rows], torch.where(engine.logits.isfinite(), engine.logits, 0.0)
 
 
 def prompt_step(model: Model, tuning: Tuning, length: int) -> Callable[[], None]:

@@ -17,8 +17,12 @@ class Tuning:
     """Whether a kernel of a decode step starts, and asks for its first weights, while the one before it still runs
     (programmatic dependent launch): 1, however many are waiting already; 2, one at a time. The backend makes it 0 where
     the GPU cannot."""
+    meeting: int = 0
+    """For one row: programs of a layer that is one kernel, which meet between its stages; no more than run at once. 0:
+    each stage is a kernel."""
     programs: int = 528
-    """About how many programs share the rows of a large matrix: four for each multiprocessor."""
+    """About how many programs share the rows of a large matrix: four for each multiprocessor. Of these and of those
+    that meet, half as many where a program is twice as large."""
     tile_rows: int = 2
     """Rows of a matrix that a program holds at once, each from end to end; it has asked for as many again, twice."""
     value_rows: int = 32
@@ -37,6 +41,11 @@ class Tuning:
     """Tokens of a prompt that one program goes through a chunk at a time, all spans at once: at least a chunk."""
     state_cols: int = 32
     """Columns of a head's state that one program carries through a prompt: from 16 to the head size."""
+
+    @staticmethod
+    def warps(C: int) -> int:
+        """Of a program that holds rows of C columns: 16 of them to a thread, as far as programs may be that large."""
+        return max(1, min(8, (1 << (C - 1).bit_length()) // 512))
 
     @property
     def launch(self) -> dict[str, Any]:

@@ -263,13 +263,13 @@ class Rows(NamedTuple):
     def programs(self, rows: int) -> int:
         """How many take so many of the rows."""
         tiles = int(triton.cdiv(rows, self.tuning.tile_rows))
-        return max(1, min(tiles, round(self.tuning.programs * rows / self.total)))
+        programs = self.tuning.programs * 4 // max(4, self.tuning.warps(self.C))
+        return max(1, min(tiles, round(programs * rows / self.total)))
 
     @property
     def options(self) -> dict[str, Any]:
-        block = triton.next_power_of_2(self.C)
-        sizes = {"C": self.C, "BLOCK": block, "ROWS": self.tuning.tile_rows}
-        return {**sizes, "num_warps": max(1, min(8, block // 512)), **self.tuning.launch}
+        sizes = {"C": self.C, "BLOCK": triton.next_power_of_2(self.C), "ROWS": self.tuning.tile_rows}
+        return {**sizes, "num_warps": self.tuning.warps(self.C), **self.tuning.launch}
 
 
 def shift_lora(

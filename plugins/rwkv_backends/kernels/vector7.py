@@ -65,7 +65,7 @@ def rkv(
     x: Tensor, prev: Tensor, norm: tuple[Tensor, Tensor], mu: Tensor, matrices: tuple[Matrix, Matrix, Matrix],
     down: Tensor, which: Tensor, tuning: Tuning,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """x, prev [B, C], mu [6, C] (r, w, k, v, a, g), three matrices [C, C], down [D, C], which int32 [D / tile_rows].
+    """x, prev [B, C], mu [6, C] (r, w, k, v, a, g), three matrices [C, C], down [D, C], which int32, one a tile.
 
     Returns LN(x) [B, C], r, k, v [3, B, C] and the first halves of the adapters [B, D], float32. Each tile of `down`
     belongs to the mixture that `which` names.
