@@ -7,11 +7,13 @@ import lzma
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rwkv_backends.fused import interpreted
 from torch import Tensor
 
 from rwkv_runtime.tokenizer import Tokenizer
@@ -20,10 +22,11 @@ from training.data import IGNORED, Heldout, Windows
 from training.evaluate import bits_per_byte
 from training.export import export, load_model
 from training.model import ModelConfig, StoryModel
+from training.options import TrainOptions, kernels_wanted
 from training.prepare import is_heldout, learn_vocabulary, prepare, split_documents
 from training.sample import LayerState, model_step, sample
 from training.schedule import Budget, Schedule, format_mix, parse_mix
-from training.train import Trainer, TrainOptions
+from training.train import Trainer
 from training.wkv import wkv, wkv_recurrence
 
 CPU = torch.device("cpu")
@@ -133,7 +136,12 @@ def text_windows() -> Windows:
     return Windows.from_arrays(["one", "two"], arrays, CPU)
 
 
-def trainer(folder: Path, steps: int = 4) -> Trainer:
+def held_out() -> Heldout:
+    tokens = torch.randint(1, 300, (4, 33), generator=torch.Generator().manual_seed(3))
+    return Heldout(["one", "two"], tokens, torch.tensor([0, 0, 1, 1]), torch.tensor([64, 64]))
+
+
+def trainer(folder: Path, steps: int = 4, heldout: Heldout | None = None) -> Trainer:
     folder.mkdir(exist_ok=True)
     options = TrainOptions(
         model=TINY,
@@ -145,8 +153,11 @@ def trainer(folder: Path, steps: int = 4) -> Trainer:
         length=32,
         compiled=False,
         log_every=1,
+        evaluate_every=3,
+        decay_evaluate_every=1,
+        best_of=("two",),
     )
-    return Trainer(options, text_windows(), None, folder)
+    return Trainer(options, text_windows(), heldout, folder)
 
 
 def test_a_resumed_run_repeats_an_uninterrupted_one(tmp_path: Path) -> None:
@@ -172,6 +183,77 @@ def test_training_lowers_the_loss(tmp_path: Path) -> None:
     losses = [record["loss"] for record in records if "rate" in record]
     assert losses[-1] < losses[0] - 0.1
     assert (tmp_path / "stable.pt").exists()
+
+
+def scored(run: Trainer, patch: pytest.MonkeyPatch, bits: dict[int, float]) -> None:
+    """Evaluations of a run with these results, by step."""
+    patch.setattr(run, "evaluate", lambda: {"one": 0.0, "two": bits[run.step]})
+
+
+def test_the_best_of_the_decay_phase_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of eight steps are in it: what was better before counts for nothing."""
+    bits = {3: 0.5, 5: 2.0, 6: 1.25, 7: 1.5, 8: 1.75}
+    run = trainer(tmp_path, 8, held_out())
+    scored(run, monkeypatch, bits)
+    run.run()
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    seen = {record["step"] for record in records if "heldout" in record}
+    assert seen == set(bits)
+    assert [(r["step"], r["bits"]) for r in records if r.get("event") == "best"] == [(5, 2.0), (6, 1.25)]
+    assert run.chosen() == tmp_path / "best.pt"
+    assert torch.load(run.chosen(), weights_only=True)["step"] == 6
+
+    resumed = trainer(tmp_path, 10, held_out())
+    resumed.load(tmp_path / "last.pt")
+    scored(resumed, monkeypatch, {9: 1.5, 10: 1.5})
+    resumed.run()
+    assert torch.load(resumed.chosen(), weights_only=True)["step"] == 6
+    other = trainer(tmp_path / "other", 10, held_out())
+    other.load(tmp_path / "last.pt")  # whose best is not in this folder
+    assert other.chosen() == tmp_path / "other" / "last.pt"
+
+
+def test_without_sources_to_choose_by_the_last_checkpoint_is_exported(tmp_path: Path) -> None:
+    run = trainer(tmp_path, heldout=held_out())
+    run.options = replace(run.options, best_of=())
+    assert run.start_of_best() is None
+    run.options = replace(run.options, best_of=("three",))
+    with pytest.raises(ValueError, match="unknown sources \\['three'\\]"):
+        run.start_of_best()
+    assert run.evaluate().keys() == {"one", "two"}
+
+
+def test_kernels_run_where_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.options.find_spec", lambda name: name)
+    assert kernels_wanted(None, "cuda")
+    assert kernels_wanted("kernels", "cuda:1")
+    assert not kernels_wanted("plain", "cuda")
+    assert not kernels_wanted(None, "cpu")
+    with pytest.raises(ValueError, match="needs a CUDA device"):
+        kernels_wanted("kernels", "cpu")
+    monkeypatch.setattr("training.options.find_spec", lambda name: None)
+    assert not kernels_wanted(None, "cuda")
+    with pytest.raises(ValueError, match="needs Triton, which is not installed"):
+        kernels_wanted("kernels", "cuda")
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.skipif(interpreted(), reason="Triton's interpreter is on, which compiles nothing")
+@pytest.mark.parametrize("chunk", [16, 32])
+def test_the_kernels_compile_for_hopper_and_spill_nothing(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sm90 import compiled_by
+
+    from training import wkv_kernels
+
+    r, k = torch.zeros(2, 1, 64, 4, 64, dtype=torch.bfloat16)
+    lw, u = torch.zeros(1, 64, 4, 64), torch.zeros(4, 64)
+
+    def both() -> None:
+        towards = wkv_kernels.factors(r, k, lw, u, chunk)
+        wkv_kernels.factor_gradients(r, k, lw, u, *towards, chunk)
+
+    kernels = compiled_by(both, monkeypatch)
+    assert {kernel.name: kernel.spilled for kernel in kernels} == {"factors_kernel": 0, "gradients_kernel": 0}
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.wkv import wkv
+from training.wkv import source, wkv
 
 MIX_RANK = 32
 DECAY_RANK = 64
@@ -24,14 +24,19 @@ LARGEST_RAW_DECAY = 3.7
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of a model; ``dropout`` acts on the embedding and on both branches of each layer."""
+    """Sizes of a model and how it is run.
+
+    ``dropout`` acts on the embedding and on both branches of each layer, ``kernels`` asks for those of
+    :mod:`training.wkv_kernels`: on CUDA only.
+    """
 
     vocab_size: int = 4096
     width: int = 256
-    layers: int = 9
+    layers: int = 10
     head_size: int = 64
     dropout: float = 0.1
-    chunk: int = 16
+    chunk: int = 32
+    kernels: bool = False
 
     @property
     def ffn_width(self) -> int:
@@ -61,7 +66,8 @@ class TimeMix(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         width, heads = config.width, config.width // config.head_size
-        self.heads, self.chunk = heads, config.chunk
+        self.heads, self.chunk, self.kernels = heads, config.chunk, config.kernels
+        source(config.kernels)  # a kernel's operator is known before anything is compiled
         ratio = layer / max(config.layers - 1, 1)  # 0 at the first layer, 1 at the last
         falling = 1.0 - layer / config.layers
         position = torch.arange(width) / width
@@ -109,7 +115,7 @@ class TimeMix(nn.Module):
         gate = F.silu(linear(xg, self.gate))
         raw = self.time_decay + torch.tanh(xw @ self.time_decay_w1.to(dtype)) @ self.time_decay_w2.to(dtype)
         lw = -raw.clamp(max=LARGEST_RAW_DECAY).exp().view(heads)  # at least fp32, as time_decay is
-        out = wkv(r, k, v, lw, self.time_faaaa, self.chunk)
+        out = wkv(r, k, v, lw, self.time_faaaa, self.chunk, self.kernels)
         # ln_x is a group norm over the channels of each head, here on [B, T, H, N].
         normed = F.layer_norm(out, heads[-1:], eps=self.ln_x.eps).reshape(x.shape)
         normed = normed * self.ln_x.weight + self.ln_x.bias

@@ -21,6 +21,8 @@ DECAY_MIX: Mapping[str, float] = {
     "ccby_picture_books": 0.04,
 }
 
+BEST_OF = ("gpt4omini_stories", "tinystories_pieces")  # what the model is for: these decide when it was best
+
 
 @dataclass(frozen=True)
 class Budget:

@@ -3,50 +3,29 @@
 Usage: ``python -m training.train DATA_FOLDER RUN_FOLDER [--minutes M]``.  Started again with the same run folder
 it resumes from ``last.pt``; batches and dropout depend on the seed and the step alone, so a resumed run repeats an
 uninterrupted one.  Writes ``log.jsonl``, ``last.pt``, ``stable.pt`` (the state at the start of the decay phase,
-from which other decay phases can be tried with ``--start-from``) and, at the end, ``model.safetensors``.
+from which other decay phases can be tried with ``--start-from``), ``best.pt`` (the best of the decay phase by held-out
+loss) and, at the end, that one as ``model.safetensors``.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from training.best import Best
 from training.data import Heldout, Windows
 from training.export import export
-from training.model import ModelConfig, StoryModel
-from training.schedule import DECAY_MIX, MAIN_MIX, Budget, Schedule, format_mix, parse_mix
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """Everything a run depends on besides its data."""
-
-    model: ModelConfig = field(default_factory=ModelConfig)
-    schedule: Schedule = field(default_factory=Schedule)
-    budget: Budget = field(default_factory=lambda: Budget(15000))
-    main_mix: Mapping[str, float] = field(default_factory=lambda: MAIN_MIX)
-    decay_mix: Mapping[str, float] = field(default_factory=lambda: DECAY_MIX)
-    rows: int = 32
-    length: int = 1024
-    at_start: float = 0.3  # share of windows that begin with a document, as generation does
-    weight_decay: float = 0.1
-    clip: float = 1.0
-    seed: int = 1
-    compiled: bool = True
-    log_every: int = 20
-    evaluate_every: int = 500
-    checkpoint_seconds: float = 75.0
-    heldout_windows: int = 64  # of each source
+from training.model import StoryModel
+from training.options import TrainOptions, parse_options
 
 
 def make_optimizer(model: StoryModel, options: TrainOptions) -> torch.optim.AdamW:
@@ -83,9 +62,23 @@ class Trainer:
         self.main_weights = windows.weights(options.main_mix)
         self.decay_weights = windows.weights(options.decay_mix)
         self.generator = torch.Generator(self.device)
+        self.best = self.start_of_best()
         self.step = 0
         self.seconds = 0.0  # of earlier sittings
         self.started = time.perf_counter()
+
+    def start_of_best(self) -> Best | None:
+        """Nothing seen yet; None where nothing is held out or the last checkpoint is wanted.
+
+        Raises:
+            ValueError: a source is not among those held out.
+        """
+        if self.heldout is None or not self.options.best_of:
+            return None
+        unknown = sorted(set(self.options.best_of) - set(self.heldout.names))
+        if unknown:
+            raise ValueError(f"unknown sources {unknown} to choose a checkpoint by; there are {self.heldout.names}")
+        return Best(self.options.best_of)
 
     def elapsed(self) -> float:
         """Seconds of training in all sittings."""
@@ -141,6 +134,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "seconds": self.elapsed(),
+            "best": None if self.best is None else (self.best.bits, self.best.step),
         }
         partial = self.folder / f"{name}.partial"
         torch.save(content, partial)
@@ -152,7 +146,23 @@ class Trainer:
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.step, self.seconds = content["step"], content["seconds"]
+        # Of another run's checkpoints the best one is not here.
+        if self.best is not None and path.parent == self.folder and content.get("best") is not None:
+            self.best.bits, self.best.step = content["best"]
         self.started = time.perf_counter()
+
+    def report_heldout(self, decaying: bool, **more: Any) -> None:
+        """Evaluate, log it and keep the checkpoint if it is the best of the decay phase."""
+        heldout = self.evaluate()
+        self.log({**more, "heldout": heldout})
+        if decaying and self.best is not None and self.best.improved(heldout, self.step):
+            self.save("best.pt")
+            self.log({"event": "best", "bits": self.best.bits})
+
+    def chosen(self) -> Path:
+        """The checkpoint to export once the run has ended."""
+        kept = self.best is not None and self.best.step > 0
+        return self.folder / ("best.pt" if kept else "last.pt")
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Print a record and append it to the log."""
@@ -170,10 +180,10 @@ class Trainer:
         options = self.options
         losses: list[Tensor] = []
         first_time, logged, saved = True, time.perf_counter(), time.perf_counter()
-        was_decaying = options.schedule.decaying(self.progress())
+        decaying = options.schedule.decaying(self.progress())
         while (progress := self.progress()) < 1.0:
-            if options.schedule.decaying(progress) and not was_decaying:
-                was_decaying = True
+            if options.schedule.decaying(progress) and not decaying:
+                decaying = True
                 self.save("stable.pt")
                 self.log({"event": "decay begins", "progress": progress})
             loss, norm = self.train_step(progress)
@@ -189,63 +199,20 @@ class Trainer:
                 rate = options.schedule.rate(self.step, progress)
                 record = {"loss": mean, "rate": rate, "norm": norm.item(), "tokens_per_second": round(speed)}
                 self.log({**record, "progress": round(progress, 4)})
-                losses = []
-                if time.perf_counter() - saved > options.checkpoint_seconds:
-                    saved = time.perf_counter()
-                    self.save("last.pt")
-                logged = time.perf_counter()
-            if self.step % options.evaluate_every == 0:
-                self.log({"heldout": self.evaluate()})
                 logged, losses = time.perf_counter(), []
+            if self.step % (options.decay_evaluate_every if decaying else options.evaluate_every) == 0:
+                self.report_heldout(decaying)
+                logged, losses = time.perf_counter(), []
+            # After the evaluation: a resumed run knows of every best.pt that is from before its start.
+            if self.step % options.log_every == 0 and time.perf_counter() - saved > options.checkpoint_seconds:
+                self.save("last.pt")
+                saved = logged = time.perf_counter()
+        self.report_heldout(True, event="end", peak_memory_gib=self.peak_memory())
         self.save("last.pt")
-        self.log({"event": "end", "heldout": self.evaluate(), "peak_memory_gib": self.peak_memory()})
 
     def peak_memory(self) -> float:
         """Largest memory allocated on the device, in GiB; 0 on the CPU."""
         return torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0
-
-
-def parse_options() -> tuple[argparse.Namespace, TrainOptions]:
-    """Command line of ``python -m training.train``."""
-    base = TrainOptions()
-    parser = argparse.ArgumentParser(description="Train the story model.")
-    parser.add_argument("data", type=Path, help="folder that training.prepare wrote")
-    parser.add_argument("run", type=Path, help="folder of log, checkpoints and model; resumed if it has a last.pt")
-    parser.add_argument("--minutes", type=float, help="end after so many minutes, fully annealed")
-    parser.add_argument("--steps", type=int, default=base.budget.steps)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--start-from", type=Path, help="checkpoint to begin from if the run has none")
-    parser.add_argument("--main-mix", type=parse_mix, default=base.main_mix, help=format_mix(MAIN_MIX))
-    parser.add_argument("--decay-mix", type=parse_mix, default=base.decay_mix, help=format_mix(DECAY_MIX))
-    parser.add_argument("--width", type=int, default=base.model.width)
-    parser.add_argument("--layers", type=int, default=base.model.layers)
-    parser.add_argument("--dropout", type=float, default=base.model.dropout)
-    parser.add_argument("--chunk", type=int, default=base.model.chunk)
-    parser.add_argument("--rate", type=float, default=base.schedule.peak)
-    parser.add_argument("--warmup-steps", type=int, default=base.schedule.warmup_steps)
-    parser.add_argument("--decay-share", type=float, default=base.schedule.decay_share)
-    for name in ("rows", "length", "log_every", "evaluate_every", "seed"):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(base, name))
-    parser.add_argument("--weight-decay", type=float, default=base.weight_decay)
-    parser.add_argument("--checkpoint-seconds", type=float, default=base.checkpoint_seconds)
-    parser.add_argument("--no-compile", dest="compiled", action="store_false")
-    a = parser.parse_args()
-    options = TrainOptions(
-        model=ModelConfig(width=a.width, layers=a.layers, dropout=a.dropout, chunk=a.chunk),
-        schedule=Schedule(a.rate, a.warmup_steps, a.decay_share),
-        budget=Budget(a.steps, a.minutes),
-        main_mix=a.main_mix,
-        decay_mix=a.decay_mix,
-        rows=a.rows,
-        length=a.length,
-        weight_decay=a.weight_decay,
-        seed=a.seed,
-        compiled=a.compiled,
-        log_every=a.log_every,
-        evaluate_every=a.evaluate_every,
-        checkpoint_seconds=a.checkpoint_seconds,
-    )
-    return a, options
 
 
 def main() -> None:
@@ -267,7 +234,9 @@ def main() -> None:
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     trainer.log({"event": "start", "options": asdict(options), "parameters": parameters})
     trainer.run()
-    export(trainer.model.state_dict(), arguments.run / "model.safetensors")
+    chosen = torch.load(trainer.chosen(), map_location="cpu", weights_only=True)
+    trainer.log({"event": "export", "checkpoint": trainer.chosen().name, "of_step": chosen["step"]})
+    export(chosen["model"], arguments.run / "model.safetensors")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,75 @@
+"""Training's kernels on a GPU: right there too, compiled with the rest of a block, and the whole of a step."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+from helpers import apart, off
+from rwkv_backends.fused import interpreted
+from torch import Tensor
+
+from training import factors as plain
+from training.model import Block, ModelConfig
+from training.wkv import wkv, wkv_recurrence
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed"),
+    pytest.mark.skipif(interpreted(), reason="Triton's interpreter is on"),
+]
+
+
+def inputs(T: int) -> list[Tensor]:
+    """r, k, v, lw [2, T, 4, 64], some channels that forget at once and some that keep all, and u [4, 64]."""
+    draw = torch.Generator().manual_seed(T)
+    r, k, v, noise = (torch.randn(2, T, 4, 64, generator=draw) for _ in range(4))
+    lw = -torch.exp(noise * 3 - 2).clamp(max=40.0)
+    return [x.cuda() for x in (r, k, v, lw, torch.randn(4, 64, generator=draw))]
+
+
+@pytest.mark.parametrize("chunk", [16, 32])
+def test_wkv_by_kernels_is_the_recurrence(chunk: int) -> None:
+    given = [x.requires_grad_() for x in inputs(100)]
+    exact = [x.detach().double().requires_grad_() for x in given]
+    r, k, v, lw, u = given
+    out, expected = wkv(r, k, v, lw, u, chunk, True), wkv_recurrence(*exact)
+    direction = torch.randn_like(out)
+    gradients = torch.autograd.grad(out, given, direction)
+    references = torch.autograd.grad(expected, exact, direction.double())
+    for value, reference in zip((out, *gradients), (expected, *references), strict=True):
+        assert apart(value, reference) < 1e-4
+
+
+@pytest.mark.parametrize("chunk", [16, 32])
+def test_kernels_do_what_plain_torch_does_with_bfloat16(chunk: int) -> None:
+    from training import wkv_kernels
+
+    r, k, _, lw, u = inputs(128)
+    r, k = r.bfloat16(), k.bfloat16()
+    results = plain.factors(r, k, lw, u, chunk)
+    for value, reference in zip(wkv_kernels.factors(r, k, lw, u, chunk), results, strict=True):
+        assert apart(value, reference) < 1e-5
+    towards = [torch.randn_like(x) for x in results]
+    expected = plain.factor_gradients(r, k, lw, u, *towards, chunk)
+    for value, reference in zip(wkv_kernels.factor_gradients(r, k, lw, u, *towards, chunk), expected, strict=True):
+        assert apart(value, reference) < (0.01 if value.dtype == torch.bfloat16 else 1e-5)
+
+
+def test_a_compiled_block_is_the_same_with_kernels() -> None:
+    """In one graph: an operator that breaks it would cost what the kernels save."""
+
+    def results(kernels: bool) -> list[Tensor]:
+        torch.manual_seed(1)
+        block = Block(ModelConfig(dropout=0.0, kernels=kernels), 1).cuda()
+        with torch.no_grad():
+            for parameter in block.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        block.compile(dynamic=False, fullgraph=True)
+        x = torch.randn(2, 128, 256, device="cuda", requires_grad=True)
+        out = block(x, torch.bfloat16)
+        return [out, *torch.autograd.grad(out.square().mean(), [x, *block.parameters()])]
+
+    for value, reference in zip(results(True), results(False), strict=True):
+        assert off(value, reference) < 0.02
