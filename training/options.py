@@ -26,7 +26,7 @@ class TrainOptions:
     rows: int = 32
     length: int = 1024
     at_start: float = 0.3  # share of windows that begin with a document, as generation does
-    weight_decay: float = 0.1
+    weight_decay: float = 0.2
     clip: float = 1.0
     seed: int = 1
     compiled: bool = True

@@ -6,18 +6,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# The large source is read about twelve times in the main phase and the small ones some twenty: what is read more
-# often is learnt by heart.  In the decay phase simple stories take a larger part: they set the default voice.
+# What is read more often is learnt by heart, so the small sources' shares are bounded.  In the decay phase simple
+# stories take a larger part: they set the default voice.
 MAIN_MIX: Mapping[str, float] = {
-    "gpt4omini_stories": 0.72,
-    "tinystories_pieces": 0.15,
+    "gpt4omini_stories": 0.66,
+    "tinystories_pieces": 0.20,
     "pd_fairytaleqa": 0.03,
     "pd_chilit": 0.08,
-    "ccby_picture_books": 0.02,
+    "ccby_picture_books": 0.03,
 }
 DECAY_MIX: Mapping[str, float] = {
-    "gpt4omini_stories": 0.50,
-    "tinystories_pieces": 0.46,
+    "gpt4omini_stories": 0.66,
+    "tinystories_pieces": 0.30,
     "ccby_picture_books": 0.04,
 }
 
@@ -43,7 +43,7 @@ class Schedule:
 
     peak: float = 3e-3
     warmup_steps: int = 300
-    decay_share: float = 0.2
+    decay_share: float = 0.25
 
     def decaying(self, progress: float) -> bool:
         return progress >= 1.0 - self.decay_share
