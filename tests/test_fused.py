@@ -81,10 +81,6 @@ def test_every_kernel_compiles_for_hopper_and_spills_nothing(
     model = replace(model, weights=as_on_a_gpu(model.weights, dtype))
     shapes = [(1, 1), (2, 1), (32, 1), *((1, length) for length in Tuning().prompts)]
     kernels = compiled(family.forward(model, Tuning()), model, shapes, monkeypatch)
-    if architecture.name == "rwkv6" and dtype != torch.float32:
-        met = compiled(family.forward(model, Tuning(meeting=528)), model, [(1, 1)], monkeypatch)
-        assert "layer_kernel" in {kernel.name for kernel in met}
-        kernels += met
     assert {kernel.name for kernel in kernels} >= {"head_kernel", "value_kernel", "carry_kernel"}
     assert [(kernel.name, kernel.spilled) for kernel in kernels if kernel.spilled] == []
     others = {"add_kernel", "key_receptance_kernel", "value_kernel", "head_kernel"}

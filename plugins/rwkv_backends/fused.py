@@ -20,8 +20,6 @@ FAMILIES = {name: f"rwkv_backends.kernels.{name}" for name in ("rwkv6", "rwkv7")
 """The modules that have `forward(model, tuning)` for the architecture of that name."""
 HEAD_SIZES = (16, 32, 64, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-RESIDENT = 4
-"""Programs of a layer in one kernel that a multiprocessor runs at once: see `kernels.layer6`."""
 CAPABILITY = (8, 0)
 """What the kernels need of a GPU: bfloat16."""
 
@@ -60,7 +58,7 @@ class Fused(Backend):
 
     def forward(self, model: Model) -> Forward:
         family: Callable[[Model, Tuning], Forward] = import_module(FAMILIES[model.architecture.name]).forward
-        forward = family(model, for_device(self.tuning, model.device))
+        forward = family(model, self.tuning if overlaps(model.device) else replace(self.tuning, overlap=False))
         if model.device.type == "cuda":
             # Compiles now, so that a failure shows here; decode steps are compiled by `freeze`.
             for length in self.tuning.prompts:
@@ -83,12 +81,9 @@ class Fused(Backend):
         return settle.settle(token, logits, refused, outcome)
 
 
-def for_device(tuning: Tuning, device: torch.device) -> Tuning:
-    """Without what the device cannot do. Kernels can start before the one ahead of them has ended from Hopper on."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
-        return replace(tuning, overlap=0, meeting=0)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return replace(tuning, meeting=min(tuning.meeting, processors * RESIDENT))
+def overlaps(device: torch.device) -> bool:
+    """Whether a kernel can start before the one ahead of it has ended: from Hopper on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def interpreted() -> bool:

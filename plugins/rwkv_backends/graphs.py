@@ -14,6 +14,16 @@ WARM_UPS = 3
 """Runs before the capture: libraries make their work spaces and kernels are loaded, which a capture forbids."""
 
 
+class Captured:
+    """A graph, and the tick it was captured from: the graph reads and writes tensors that nothing else may hold."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, tick: Tick) -> None:
+        self.graph, self.tick = graph, tick
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
 class Graphs:
     """Captures decode steps; their temporary memory is one pool, since no two of them run at once.
 
@@ -41,7 +51,7 @@ class Graphs:
             finally:
                 for buffer, value in zip(buffers, saved, strict=True):
                     buffer.copy_(value)
-        return graph.replay
+        return Captured(graph, tick)
 
 
 def _warm_up(tick: Tick) -> None:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import apart, built
-from rwkv_backends.kernels import chunk6, layer6, mixing, rwkv6, vector, wkv6
+from helpers import apart
+from rwkv_backends.kernels import chunk6, mixing, vector, wkv6
 from rwkv_backends.kernels.tuning import Tuning
 from rwkv_layers.linear import Matrix
 from rwkv_layers.matrices import quantize
 from torch import Tensor
-
-from rwkv_runtime.plugins import Plugins
 
 TUNING = Tuning(
     overlap=False,
@@ -126,30 +122,6 @@ def test_lerps_of_few_rows(dtype: torch.dtype) -> None:
     low = torch.tanh(lora.double()).view(B, 5, R).transpose(0, 1)
     close(dtype, (ours, e + dx * (torch.bmm(low, w.double()[:, :R]) + w.double()[:, R:])))
     assert torch.equal(prev, e)
-
-
-def test_the_stages_of_a_layer_in_one_kernel_do_what_its_kernels_do(plugins: Plugins) -> None:
-    """One after another: what they have beside, waiting for each other, only a GPU can show."""
-    architecture = plugins.architectures.get("rwkv6")
-    model = built(architecture.random(architecture.sizes(1, 48, 37, 16)), plugins)
-    tuning = dataclasses.replace(TUNING, meeting=24)
-    plan = layer6.Plan.of(torch.zeros(1, dtype=torch.bfloat16), 48, 3, tuning)
-    assert plan is not None
-    [layer] = rwkv6.pack(model.weights, tuning)
-    att = layer.block.att
-    rank, width = att.maa_w2.shape[1] - 1, len(layer.block.ffn.key.weight)
-    work = layer6.scratch(att.maa_w1, 1, 48, width, rank, len(att.decay_w1), plan, tuning)
-    states = [model.new_state(1), model.new_state(1)]
-    for t in (3, 0, 36):
-        ours = mixing.embed(torch.tensor([t]), model.weights.emb, model.weights.ln0, tuning)
-        theirs = ours.clone()
-        own, other = ([s[name][0] for name in ("att_x_prev", "att_kv", "ffn_x_prev")] for s in states)
-        for stage in range(layer6.STAGES):
-            layer6.run(ours, tuple(own), layer.block, layer.value, 0.5, 0, work, plan, tuning, stage)
-        rwkv6._few(theirs, *other, layer._replace(scale=0.5), tuning)
-        close(torch.float32, (ours, theirs.double()), *((a, b.double()) for a, b in zip(own, other, strict=True)))
-    assert not work.counters.any()
-    assert not work.arrived.any()
 
 
 def test_kvrg(dtype: torch.dtype, int8: bool) -> None:

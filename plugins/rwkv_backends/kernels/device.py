@@ -8,7 +8,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 @triton.jit
 def let_next_begin(OVERLAP: tl.constexpr):
     """The next kernel may start while this one runs, as far as its own `wait_for_earlier`."""
-    if OVERLAP == 1:
+    if OVERLAP:
         gdc_launch_dependents()
 
 
@@ -18,8 +18,6 @@ def wait_for_earlier(OVERLAP: tl.constexpr):
     nothing may be written."""
     if OVERLAP:
         gdc_wait()
-    if OVERLAP == 2:
-        gdc_launch_dependents()
 
 
 @triton.jit
@@ -37,7 +35,7 @@ def norm_row(x_ptr, weight_ptr, bias_ptr, cols, mask, C: tl.constexpr):
 @triton.jit
 def norm_with(x_ptr, weight, bias, cols, mask, C: tl.constexpr):
     """The same with weights that have been read."""
-    x = load_fresh(x_ptr, cols, mask)
+    x = load_vector(x_ptr, cols, mask)
     apart = tl.where(mask, x - tl.sum(x, 0) / C, 0.0)
     scale = tl.rsqrt(tl.sum(apart * apart, 0) / C + 1e-5)
     y = apart * scale * weight.to(tl.float32) + bias.to(tl.float32)
@@ -53,12 +51,6 @@ def load_raw(ptr, cols, mask):
 @triton.jit
 def load_vector(ptr, cols, mask):
     return tl.load(ptr + cols, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def load_fresh(ptr, cols, mask):
-    """What other programs of the same kernel may have written: not from the cache of this multiprocessor."""
-    return tl.load(ptr + cols, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
 
 
 @triton.jit

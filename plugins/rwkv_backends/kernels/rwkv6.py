@@ -10,7 +10,7 @@ from rwkv_layers.linear import Matrix, dense, linear, linears
 from rwkv_layers.rwkv6 import RESCALE_EVERY, Block, Weights
 from torch import Tensor
 
-from rwkv_backends.kernels import chunk6, layer6, mixing, vector, wkv6
+from rwkv_backends.kernels import chunk6, mixing, vector, wkv6
 from rwkv_backends.kernels.tuning import Tuning
 from rwkv_runtime import Forward, Model, State
 
@@ -40,10 +40,6 @@ def forward(model: Model, tuning: Tuning) -> Forward:
     """The forward pass of a model; see `Forward` for what it takes."""
     weights: Weights = model.weights
     layers = pack(weights, tuning)
-    att, ffn = weights.blocks[0].att, weights.blocks[0].ffn
-    sizes = att.maa_w2.shape[2], ffn.key.weight.shape[0], att.maa_w2.shape[1] - 1, len(att.decay_w1)
-    plan = layer6.Plan.of(att.output.weight, sizes[0], len(att.bonus), tuning)
-    work = layer6.scratch(weights.emb, len(layers), *sizes, plan, tuning) if plan else None
 
     def run(tokens: Tensor, state: State, every: bool = False) -> Tensor:
         B, T = tokens.shape
@@ -51,12 +47,6 @@ def forward(model: Model, tuning: Tuning) -> Forward:
             x = mixing.embed(tokens.flatten().contiguous(), weights.emb, weights.ln0, tuning)
             few = T == 1 and tuning.vector_rows >= B
             layer = _few if few else _many
-            if plan and work and few and B == 1:
-                for i, weight in enumerate(layers):
-                    rows = state["att_x_prev"][i], state["att_kv"][i], state["ffn_x_prev"][i]
-                    layer6.run(x, rows, weight.block, weight.value, weight.scale, i, work, plan, tuning)
-                logits = vector.head(x, weights.ln_out, weights.head, tuning)
-                return logits.unsqueeze(1) if every else logits
             # One layer of a state is contiguous, whichever of its rows a view has; the engine moves rows so that
             # those at work are always the first: no kernel needs to be told which they are.
             for i, weight in enumerate(layers):

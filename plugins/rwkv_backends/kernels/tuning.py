@@ -13,16 +13,12 @@ class Tuning:
     vector_rows: int = 2
     """Up to this batch size a decode step takes the kernels that read each weight once a row and skip what is zero;
     beyond it cuBLAS, with the rest fused around it."""
-    overlap: int = 1
+    overlap: bool = True
     """Whether a kernel of a decode step starts, and asks for its first weights, while the one before it still runs
-    (programmatic dependent launch): 1, however many are waiting already; 2, one at a time. The backend makes it 0 where
-    the GPU cannot."""
-    meeting: int = 0
-    """For one row: programs of a layer that is one kernel, which meet between its stages; no more than run at once. 0:
-    each stage is a kernel."""
+    (programmatic dependent launch); the backend turns it off where the GPU cannot."""
     programs: int = 528
-    """About how many programs share the rows of a large matrix: four for each multiprocessor. Of these and of those
-    that meet, half as many where a program is twice as large."""
+    """About how many programs share the rows of a large matrix: four for each multiprocessor, half as many where a
+    program is twice as large."""
     tile_rows: int = 2
     """Rows of a matrix that a program holds at once, each from end to end; it has asked for as many again, twice."""
     value_rows: int = 32
@@ -50,7 +46,7 @@ class Tuning:
     @property
     def launch(self) -> dict[str, Any]:
         """Options of every kernel of a decode step."""
-        return {"OVERLAP": self.overlap, "launch_pdl": True} if self.overlap else {"OVERLAP": 0}
+        return {"OVERLAP": True, "launch_pdl": True} if self.overlap else {"OVERLAP": False}
 
     @property
     def prompts(self) -> tuple[int, ...]:

@@ -269,7 +269,9 @@ class Rows(NamedTuple):
     @property
     def options(self) -> dict[str, Any]:
         sizes = {"C": self.C, "BLOCK": triton.next_power_of_2(self.C), "ROWS": self.tuning.tile_rows}
-        return {**sizes, "num_warps": self.tuning.warps(self.C), **self.tuning.launch}
+        # Left to itself, ptxas stops at 80 registers in some of the kernels and spills.
+        registers = {"maxnreg": 255} if self.tuning.overlap else {}
+        return {**sizes, "num_warps": self.tuning.warps(self.C), **registers, **self.tuning.launch}
 
 
 def shift_lora(
