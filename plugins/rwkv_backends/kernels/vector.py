@@ -188,16 +188,19 @@ def key_receptance_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_k_ptr, maa_
 
 
 @triton.jit
-def value_tile(w_ptr, k, rows, cols, mask, C: tl.constexpr):
-    """A load that is masked out costs no traffic: rows of [F, C] whose input is zero are skipped, losslessly."""
-    return tl.load(w_ptr + rows[:, None] * C + cols[None, :], mask=(k != 0.0)[:, None] & mask[None, :], other=0.0)
+def value_tile(w_ptr, rows, wanted, cols, mask, C: tl.constexpr):
+    """A load that is masked out costs no traffic: rows of [F, C] that are not wanted are skipped."""
+    return tl.load(w_ptr + rows[:, None] * C + cols[None, :], mask=wanted[:, None] & mask[None, :], other=0.0)
 
 
 @triton.jit
 def value_kernel(k_ptr, r_ptr, w_ptr, scale_ptr, normed_ptr, x_ptr, prev_ptr, parts_ptr, arrived_ptr, scale, SPLITS,
                  C: tl.constexpr, F: tl.constexpr, TALL: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr,
                  OVERLAP: tl.constexpr):  # fmt: skip
-    """Programs that share columns each add up some of the rows; the one that comes last adds up what they have."""
+    """Programs that share columns each add up some of the rows; the one that comes last adds up what they have.
+
+    Rows whose input is zero are skipped, losslessly; where kernels overlap, not those read before it is known.
+    """
     let_next_begin(OVERLAP)
     block, split, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     B = tl.num_programs(2)
@@ -207,18 +210,25 @@ def value_kernel(k_ptr, r_ptr, w_ptr, scale_ptr, normed_ptr, x_ptr, prev_ptr, pa
     end = tl.minimum(stop * TALL, F)
     rows = begin * TALL + tl.arange(0, TALL)
     k_ptr += b * F
+    if OVERLAP:
+        w = value_tile(w_ptr, rows, rows < end, cols, mask, C)
+        ahead = value_tile(w_ptr, rows + TALL, rows + TALL < end, cols, mask, C)
     wait_for_earlier(OVERLAP)
     k, k_ahead = load_vector(k_ptr, rows, rows < end), load_vector(k_ptr, rows + TALL, rows + TALL < end)
-    w = value_tile(w_ptr, k, rows, cols, mask, C)
+    k_later = load_vector(k_ptr, rows + 2 * TALL, rows + 2 * TALL < end)
+    if not OVERLAP:
+        w = value_tile(w_ptr, rows, k != 0.0, cols, mask, C)
+        ahead = value_tile(w_ptr, rows + TALL, k_ahead != 0.0, cols, mask, C)
     total = tl.zeros((TALL, COLS), tl.float32)
     for _ in range(begin, stop):
+        later = value_tile(w_ptr, rows + 2 * TALL, k_later != 0.0, cols, mask, C)
         rows += TALL
-        ahead = value_tile(w_ptr, k_ahead, rows, cols, mask, C)
-        k_later = load_vector(k_ptr, rows + TALL, rows + TALL < end)
         total += w.to(tl.float32) * k[:, None]
         w = ahead
+        ahead = later
         k = k_ahead
         k_ahead = k_later
+        k_later = load_vector(k_ptr, rows + 2 * TALL, rows + 2 * TALL < end)
     tl.store(parts_ptr + (split * B + b) * C + cols, tl.sum(total, 0), mask=mask)
     tl.debug_barrier()  # all of it is written before the arrival is counted
     arrived = arrived_ptr + b * tl.num_programs(0) + block
