@@ -9,6 +9,9 @@ from pathlib import Path
 
 from rwkv_runtime.errors import CheckpointError
 
+OPENING = "Once upon a time"
+"""What `rwkv-run` gives the story model where it is given nothing: left to itself the model mostly begins long stories,
+which the budget of tokens cuts off; after these words it writes short ones with an end."""
 MANIFEST = "story.json"
 REINSTALL = "reinstall with: pip install --force-reinstall --no-deps rwkv-runtime"
 

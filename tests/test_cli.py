@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from rwkv_runtime import Plugins, Tokenizer
 from rwkv_runtime.cli import command
+from rwkv_runtime.embedded import OPENING
 from rwkv_runtime.runtime import load
 from rwkv_runtime.snapshot import load_snapshot
 
@@ -50,6 +51,16 @@ def rwkv_run(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
 def text_of(result: Result) -> str:
     assert result.exit_code == 0, result.stderr
     return result.stdout
+
+
+def test_alone_it_writes_a_whole_story(rwkv_run) -> None:
+    text = text_of(rwkv_run("--seed", "1", model=False))
+    assert text.startswith(OPENING)
+    assert text.rstrip().endswith((".", "!", "?", '"'))
+
+
+def test_a_model_of_one_s_own_begins_with_nothing(rwkv_run) -> None:
+    assert json.loads(text_of(rwkv_run("--json", "--max-tokens", "4")))["prompt"] == ""
 
 
 def test_help_is_shown_without_loading_torch_or_plugins() -> None:

@@ -168,9 +168,9 @@ def test_a_dash_reads_standard_input_and_a_closed_one_is_empty(monkeypatch: pyte
     monkeypatch.setattr("sys.stdin", stdin)
     assert read_prompt({"prompt": "-", "file": None}) == "piped"
     assert read_prompt({"prompt": None, "file": "-"}) == "piped"
-    assert read_prompt({"prompt": None, "file": None}) == ""
+    assert read_prompt({"prompt": None, "file": None}) is None
     monkeypatch.setattr("sys.stdin", None)
-    assert read_prompt({"prompt": None, "file": None}) == ""
+    assert read_prompt({"prompt": None, "file": None}) is None
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")

@@ -48,11 +48,11 @@ Bits per byte, whole documents, the state carried through each; beside it `xz -9
 COPYING = """
 ## What it repeats
 
-Over {stories} stories at the default settings (seeds 0 to {last}, no prompt), the longest run of words of a story that
-stands word for word in the training text is {median:.0f} words at the median, {ninety:.0f} at the 90th percentile and
-{longest} at most. The check accepted for shipping: a median of at most 20 words and no run over 50, two or three
-sentences. {distinct:.1%} of the 4-grams in a story are distinct, and {repeated:.2%} of its words lie in a 6-gram it has
-used before.
+Over {stories} stories at the default settings (seeds 0 to {last}, begun as `rwkv-run` alone begins), the longest run
+of words of a story that stands word for word in the training text is {median:.0f} words at the median, {ninety:.0f} at
+the 90th percentile and {longest} at most. The check accepted for shipping: a median of at most 20 words and no run over
+50, two or three sentences. {distinct:.1%} of the 4-grams in a story are distinct, and {repeated:.2%} of its words lie
+in a 6-gram it has used before.
 
 ## Ten stories
 

@@ -1,7 +1,7 @@
 """Which settings the story model reads best with: ``python -m training.settings [--stories N] [--output STORIES]``.
 
-Writes stories without a prompt, with the packaged model and the runtime's own engine, and prints a table of how long
-they are, how many come to an end by themselves, and how much they repeat.
+Writes stories as `rwkv-run` alone does, with the packaged model and the runtime's own engine, and prints a table of
+how long they are, how many come to an end by themselves, and how much they repeat.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rwkv_runtime import Runtime, load
+from rwkv_runtime.embedded import OPENING
 from training.originality import SEPARATOR, distinct, repeated_share
 
 SETTINGS: tuple[tuple[str, Mapping[str, float]], ...] = (
@@ -24,8 +25,10 @@ SETTINGS: tuple[tuple[str, Mapping[str, float]], ...] = (
 
 
 def stories(model: Runtime, count: int, sampler: str, params: Mapping[str, float], tokens: int = 512) -> list[str]:
-    """Stories without a prompt, seeds 0 to count - 1."""
-    return model.generate_batch([""] * count, sampler=sampler, rows=32, seed=0, max_tokens=tokens, **params)
+    """Stories from the usual opening, seeds 0 to count - 1."""
+    openings = [OPENING] * count
+    texts = model.generate_batch(openings, sampler=sampler, rows=32, seed=0, max_tokens=tokens, **params)
+    return [opening + text for opening, text in zip(openings, texts, strict=True)]
 
 
 def row(texts: list[str]) -> str:

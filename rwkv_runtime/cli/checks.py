@@ -83,16 +83,18 @@ def _dashed(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def read_prompt(options: Mapping[str, Any]) -> str:
-    """The argument, the file, or standard input, whose last line end is not part of it. Raises OptionError."""
+def read_prompt(options: Mapping[str, Any]) -> str | None:
+    """The argument, the file, or standard input, whose last line end is not part of it; None where none of them says
+    anything. Raises OptionError."""
     if options["prompt"] not in (None, "-"):
         return _text(os.fsencode(options["prompt"]))
     if options["file"] and options["file"] != "-":
         return _trimmed(Path(options["file"]).read_bytes())
     asked = "-" in (options["prompt"], options["file"])
     if sys.stdin is None or (not asked and sys.stdin.isatty()):
-        return ""
-    return _trimmed(sys.stdin.buffer.read())
+        return None
+    content = sys.stdin.buffer.read()
+    return _trimmed(content) if content or asked else None
 
 
 def _trimmed(content: bytes) -> str:

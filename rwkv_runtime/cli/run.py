@@ -18,6 +18,7 @@ from rwkv_runtime.cli.explain import as_record, table
 from rwkv_runtime.cli.figures import Figures
 from rwkv_runtime.cli.interrupts import follow
 from rwkv_runtime.cli.progress import loading
+from rwkv_runtime.embedded import OPENING
 from rwkv_runtime.engine import Engine
 from rwkv_runtime.errors import OptionError, RwkvError
 from rwkv_runtime.generation import Generation, Request
@@ -75,6 +76,8 @@ def _dispatch(options: Mapping[str, Any]) -> None:
         chat(Session.open(options, plugins))
     else:
         prompt = read_prompt(options)
+        if prompt is None:
+            prompt = "" if options["model"] or options["load_state"] else OPENING
         write(Session.open(options, plugins), prompt)
 
 
