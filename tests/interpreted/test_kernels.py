@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import apart
-from rwkv_backends.kernels import chunk6, mixing, vector, wkv6
+from rwkv_backends.kernels import chunk6, mixing, sparse, vector, wkv6
 from rwkv_backends.kernels.tuning import Tuning
 from rwkv_layers.linear import Matrix
 from rwkv_layers.matrices import quantize
@@ -182,8 +182,8 @@ def test_channel_mixing_of_few_rows(dtype: torch.dtype, share: float, int8: bool
     last, k, r = ours
     k *= kept
     twin = (x.double() + r.double() * (k.double() @ value_w.t())) * 0.5
-    arrived = vector.arrivals(x, C, TUNING)
-    vector.add_value(k, r, Matrix(value.t().contiguous(), scale), last, x, prev, 0.5, arrived, TUNING)
+    arrived = sparse.arrivals(x, C, TUNING)
+    sparse.add_value(k, r, Matrix(value.t().contiguous(), scale), last, x, prev, 0.5, arrived, TUNING)
     close(dtype, (x, twin))
     assert not arrived.any()
     assert torch.equal(prev, last)
@@ -195,8 +195,8 @@ def test_weights_of_zero_inputs_are_not_read() -> None:
     k, r, x, prev = draw(1, WIDTH).relu(), draw(1, C), draw(1, C), draw(1, C)
     value = draw(WIDTH, C)
     value[k[0] == 0] = torch.nan
-    arrived = vector.arrivals(x, C, TUNING)
-    vector.add_value(k, r, Matrix(value, None), x.clone(), x, prev, 1.0, arrived, TUNING)
+    arrived = sparse.arrivals(x, C, TUNING)
+    sparse.add_value(k, r, Matrix(value, None), x.clone(), x, prev, 1.0, arrived, TUNING)
     assert bool(x.isfinite().all())
 
 

@@ -21,6 +21,12 @@ def wait_for_earlier(OVERLAP: tl.constexpr):
 
 
 @triton.jit
+def share(index, programs, count):
+    """Which of `count` things a program takes: from, to. No program has two more than another."""
+    return index * count // programs, (index + 1) * count // programs
+
+
+@triton.jit
 def tanh(x):
     return 2.0 * tl.sigmoid(2.0 * x) - 1.0
 

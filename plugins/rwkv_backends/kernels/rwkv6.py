@@ -10,7 +10,7 @@ from rwkv_layers.linear import Matrix, dense, linear, linears
 from rwkv_layers.rwkv6 import RESCALE_EVERY, Block, Weights
 from torch import Tensor
 
-from rwkv_backends.kernels import chunk6, mixing, vector, wkv6
+from rwkv_backends.kernels import chunk6, mixing, sparse, vector, wkv6
 from rwkv_backends.kernels.tuning import Tuning
 from rwkv_runtime import Forward, Model, State
 
@@ -20,7 +20,7 @@ class Layer(NamedTuple):
 
     block: Block
     value: Matrix  # [F, C]: the value matrix turned round, so that an input that is zero skips a row of it
-    arrived: Tensor  # int32, zero: what `vector.add_value` counts with
+    arrived: Tensor  # int32, zero: what `sparse.add_value` counts with
     scale: float  # of the residual stream after this layer
 
 
@@ -31,7 +31,7 @@ def pack(weights: Weights, tuning: Tuning) -> list[Layer]:
         halved = weights.rescaled and (i + 1) % RESCALE_EVERY == 0
         value, scale = block.ffn.value
         turned = value.t().contiguous() if tuning.vector_rows else value.t()
-        arrived = vector.arrivals(value, len(value), tuning)
+        arrived = sparse.arrivals(value, len(value), tuning)
         layers.append(Layer(block, Matrix(turned, scale), arrived, 0.5 if halved else 1.0))
     return layers
 
@@ -72,7 +72,7 @@ def _few(x: Tensor, att_x: Tensor, att_kv: Tensor, ffn_x: Tensor, layer: Layer, 
     vector.add_product(out, att.output, x, tuning)
     maa = ffn.maa_k, ffn.maa_r
     normed, k, r = vector.key_receptance(x, ffn_x, layer.block.ln2, maa, ffn.key, ffn.receptance, tuning)
-    vector.add_value(k, r, layer.value, normed, x, ffn_x, layer.scale, layer.arrived, tuning)
+    sparse.add_value(k, r, layer.value, normed, x, ffn_x, layer.scale, layer.arrived, tuning)
 
 
 def _many(x: Tensor, att_x: Tensor, att_kv: Tensor, ffn_x: Tensor, layer: Layer, tuning: Tuning) -> None:

@@ -10,7 +10,7 @@ from rwkv_layers.linear import Matrix, linear
 from rwkv_layers.rwkv7 import Adapter, Block, TimeMixing, Weights
 from torch import Tensor
 
-from rwkv_backends.kernels import chunk7, mixing, vector, vector7, wkv7
+from rwkv_backends.kernels import chunk7, mixing, sparse, vector, vector7, wkv7
 from rwkv_backends.kernels.tuning import Tuning
 from rwkv_backends.kernels.wkv7 import Heads, Ups
 from rwkv_runtime import Forward, Model, State
@@ -26,7 +26,7 @@ class Layer(NamedTuple):
     ups: Ups
     heads: Heads
     value: Matrix  # [F, C]: the value matrix turned round, so that an input that is zero skips a row of it
-    arrived: Tensor  # int32, zero: what `vector.add_value` counts with
+    arrived: Tensor  # int32, zero: what `sparse.add_value` counts with
 
 
 def pack(weights: Weights, tuning: Tuning) -> list[Layer]:
@@ -36,7 +36,7 @@ def pack(weights: Weights, tuning: Tuning) -> list[Layer]:
         value, scale = block.ffn.value
         turned = value.t().contiguous() if tuning.vector_rows else value.t()
         mu = block.att.shift.flatten(0, -2)
-        matrix, arrived = Matrix(turned, scale), vector.arrivals(value, len(value), tuning)
+        matrix, arrived = Matrix(turned, scale), sparse.arrivals(value, len(value), tuning)
         layers.append(Layer(block, mu, *_adapters(block.att, tuning), _heads(block.att), matrix, arrived))
     return layers
 
@@ -91,7 +91,7 @@ def _few(x: Tensor, att_x: Tensor, att_kv: Tensor, ffn_x: Tensor, first: Tensor,
     out = wkv7.step(rkv, low, layer.ups, layer.heads, first, att_kv, x, tuning, (normed, att_x))
     vector.add_product(out, att.output, x, tuning)
     normed, k = vector.key_alone(x, ffn_x, layer.block.ln2, ffn.shift, ffn.key, tuning)
-    vector.add_value(k, None, layer.value, normed, x, ffn_x, 1.0, layer.arrived, tuning)
+    sparse.add_value(k, None, layer.value, normed, x, ffn_x, 1.0, layer.arrived, tuning)
 
 
 def _many(x: Tensor, att_x: Tensor, att_kv: Tensor, ffn_x: Tensor, first: Tensor, layer: Layer, tuning: Tuning) -> None:

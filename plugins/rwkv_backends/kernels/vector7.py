@@ -9,9 +9,9 @@ import triton.language as tl
 from rwkv_layers.linear import Matrix
 from torch import Tensor
 
-from rwkv_backends.kernels.device import let_next_begin, load_raw, norm_with, store, wait_for_earlier
+from rwkv_backends.kernels.device import let_next_begin, load_raw, norm_with, share, store, wait_for_earlier
 from rwkv_backends.kernels.tuning import Tuning
-from rwkv_backends.kernels.vector import Rows, first_tiles, products, share
+from rwkv_backends.kernels.vector import Rows, first_tiles, products
 
 
 @triton.jit
