@@ -22,6 +22,8 @@ from training.data import IGNORED, Heldout, Windows
 from training.evaluate import bits_per_byte
 from training.export import export, load_model
 from training.model import ModelConfig, StoryModel
+from training.muon import Muon, orthogonalised
+from training.optimizers import set_rate
 from training.options import TrainOptions, kernels_wanted
 from training.prepare import is_heldout, learn_vocabulary, prepare, split_documents
 from training.sample import LayerState, model_step, sample
@@ -174,6 +176,57 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(tmp_path: Path) -> None:
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(tensor, second.model.state_dict()[name]), name
     assert not list(tmp_path.glob("*/*.partial"))
+
+
+def test_a_run_goes_on_with_its_own_rate_wherever_it_was_begun(tmp_path: Path) -> None:
+    """A checkpoint from a GPU has rates that are tensors there; one without a GPU has numbers."""
+    first = trainer(tmp_path)
+    first.train_step(0.0)
+    first.save("last.pt")
+    content = torch.load(tmp_path / "last.pt", weights_only=True)
+    for optimizer in content["optimizers"]:
+        for group in optimizer["param_groups"]:
+            group["lr"], group["capturable"] = torch.tensor(123.0), True
+    torch.save(content, tmp_path / "last.pt")
+    second = trainer(tmp_path)
+    second.load(tmp_path / "last.pt")
+    set_rate(second.optimizers, 0.25)
+    groups = [group for optimizer in second.optimizers for group in optimizer.param_groups]
+    assert sorted(group["lr"] for group in groups) == [0.25, 0.25, 0.25, 0.5]
+    assert not any(group.get("capturable") for group in groups)
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 32), (2, 32, 80), (1, 48, 48)])
+def test_orthogonal_updates_have_singular_values_near_one(shape: tuple[int, ...]) -> None:
+    given = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    values = torch.linalg.svdvals(orthogonalised(given))
+    assert values.min() > 0.5
+    assert values.max() < 1.4
+    left, _, right = torch.linalg.svd(given, full_matrices=False)
+    assert torch.nn.functional.cosine_similarity(orthogonalised(given).flatten(), (left @ right).flatten(), 0) > 0.97
+
+
+def test_muon_updates_matrices_of_one_shape_as_each_by_itself() -> None:
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(32, 16), (32, 16), (16, 16)]
+    start = [torch.randn(shape, generator=generator) for shape in shapes]
+    gradients = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(2)]
+
+    def after(places: Sequence[int]) -> list[Tensor]:
+        parameters = [torch.nn.Parameter(start[place].clone()) for place in places]
+        optimizer = Muon([{"params": parameters}], lr=0.01, momentum=0.9, weight_decay=0.5)
+        for step in gradients:
+            for parameter, place in zip(parameters, places, strict=True):
+                parameter.grad = step[place]
+            optimizer.step()
+        return [parameter.detach() for parameter in parameters]
+
+    together = after([0, 1, 2])
+    for place in range(3):
+        torch.testing.assert_close(together[place], after([place])[0], rtol=1e-3, atol=1e-4)
+    # The size of AdamW's updates, whatever the size of the gradients.
+    change = together[0] - start[0] * (1 - 0.01 * 0.5) ** 2
+    assert 0.1 < change.square().mean().sqrt() / 0.02 < 0.3
 
 
 def test_training_lowers_the_loss(tmp_path: Path) -> None:

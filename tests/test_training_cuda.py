@@ -11,7 +11,8 @@ from rwkv_backends.fused import interpreted
 from torch import Tensor
 
 from training import factors as plain
-from training.model import Block, ModelConfig
+from training.model import Block, ModelConfig, StoryModel
+from training.optimizers import EAGER_STEPS, CapturedUpdate, Update, make_optimizers, set_rate
 from training.wkv import wkv, wkv_recurrence
 
 pytestmark = [
@@ -73,3 +74,27 @@ def test_a_compiled_block_is_the_same_with_kernels() -> None:
 
     for value, reference in zip(results(True), results(False), strict=True):
         assert off(value, reference) < 0.02
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_captured_update_is_the_update(compiled: bool) -> None:
+    """With dropout by the seed of each step and a learning rate that changes after the capture."""
+    batches = torch.randint(300, (EAGER_STEPS + 4, 2, 65), generator=torch.Generator().manual_seed(1)).cuda()
+
+    def results(captured: bool) -> list[Tensor]:
+        torch.manual_seed(1)
+        model = StoryModel(ModelConfig(300, 128, 2, dropout=0.2, kernels=True), torch.bfloat16).cuda()
+        optimizers = make_optimizers(model, 1e-3, 0.1, use_muon=True)
+        if compiled:
+            model.compile_parts()
+        plain = Update(model, optimizers, 1.0)
+        update = CapturedUpdate(plain) if captured else plain
+        losses = []
+        for step, batch in enumerate(batches):
+            torch.manual_seed(step)
+            set_rate(optimizers, 1e-3 / (1 + step))
+            losses.append(update(batch[:, :-1], batch[:, 1:])[0])
+        return [torch.stack(losses), *(parameter.detach() for parameter in model.parameters())]
+
+    for value, reference in zip(results(True), results(False), strict=True):
+        assert off(value, reference) < 1e-3

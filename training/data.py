@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from training.arrays import load_tokens
+from training.schedule import SYNTHETIC
 
 IGNORED = -100  # cross_entropy's ignore_index
 
@@ -44,10 +45,13 @@ class Windows:
     document_count: Tensor  # [S]
 
     @classmethod
-    def load(cls, data_folder: Path, device: torch.device) -> Windows:
-        """Read the training split of a prepared folder."""
+    def load(cls, data_folder: Path, device: torch.device, synthetic: Sequence[Path] = ()) -> Windows:
+        """Read the training split of a prepared folder, and files of synthetic text as one more source."""
         names = source_names(data_folder)
         arrays = [load_tokens(data_folder / f"{name}.train.npy.xz").astype(np.int32) for name in names]
+        if synthetic:
+            names.append(SYNTHETIC)
+            arrays.append(np.concatenate([np.load(path) for path in synthetic]).astype(np.int32))
         return cls.from_arrays(names, [torch.from_numpy(array) for array in arrays], device)
 
     @classmethod

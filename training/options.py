@@ -11,7 +11,19 @@ from pathlib import Path
 import torch
 
 from training.model import ModelConfig
-from training.schedule import BEST_OF, DECAY_MIX, MAIN_MIX, Budget, Schedule, format_mix, parse_mix
+from training.schedule import (
+    BEST_OF,
+    DECAY_MIX,
+    MAIN_MIX,
+    STUDENT_DECAY_MIX,
+    STUDENT_MAIN_MIX,
+    Budget,
+    Schedule,
+    format_mix,
+    parse_mix,
+)
+
+OPTIMIZERS = ("muon", "adamw")
 
 
 @dataclass(frozen=True)
@@ -26,10 +38,12 @@ class TrainOptions:
     rows: int = 32
     length: int = 1024
     at_start: float = 0.3  # share of windows that begin with a document, as generation does
+    optimizer: str = "muon"  # of the layers' matrices: or "adamw"
     weight_decay: float = 0.2
     clip: float = 1.0
     seed: int = 1
     compiled: bool = True
+    captured: bool = False  # an update as one CUDA graph
     log_every: int = 20
     evaluate_every: int = 500
     decay_evaluate_every: int = 250
@@ -62,8 +76,9 @@ def parse_options() -> tuple[argparse.Namespace, TrainOptions]:
     parser.add_argument("--steps", type=int, default=base.budget.steps)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--start-from", type=Path, help="checkpoint to begin from if the run has none")
-    parser.add_argument("--main-mix", type=parse_mix, default=base.main_mix, help=format_mix(MAIN_MIX))
-    parser.add_argument("--decay-mix", type=parse_mix, default=base.decay_mix, help=format_mix(DECAY_MIX))
+    for phase, alone, student in (("main", MAIN_MIX, STUDENT_MAIN_MIX), ("decay", DECAY_MIX, STUDENT_DECAY_MIX)):
+        help = f"{format_mix(alone)}; with --synthetic {format_mix(student)}"
+        parser.add_argument(f"--{phase}-mix", type=parse_mix, help=help)
     parser.add_argument("--width", type=int, default=base.model.width)
     parser.add_argument("--layers", type=int, default=base.model.layers)
     parser.add_argument("--dropout", type=float, default=base.model.dropout)
@@ -75,25 +90,31 @@ def parse_options() -> tuple[argparse.Namespace, TrainOptions]:
     parser.add_argument("--best-of", default=",".join(base.best_of), help="sources to choose a checkpoint by, or ''")
     for name in ("rows", "length", "log_every", "evaluate_every", "decay_evaluate_every", "seed"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(base, name))
+    parser.add_argument("--synthetic", type=Path, action="append", default=[], help="what training.synthesise wrote")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default=base.optimizer, help="of the layers' matrices")
     parser.add_argument("--weight-decay", type=float, default=base.weight_decay)
     parser.add_argument("--checkpoint-seconds", type=float, default=base.checkpoint_seconds)
     parser.add_argument("--no-compile", dest="compiled", action="store_false")
+    parser.add_argument("--no-capture", dest="captured", action="store_false", help="no CUDA graph")
     a = parser.parse_args()
     try:
         kernels = kernels_wanted(a.wkv, a.device)
     except ValueError as error:
         parser.error(str(error))
+    main_mix, decay_mix = (STUDENT_MAIN_MIX, STUDENT_DECAY_MIX) if a.synthetic else (MAIN_MIX, DECAY_MIX)
     options = TrainOptions(
         model=ModelConfig(width=a.width, layers=a.layers, dropout=a.dropout, chunk=a.chunk, kernels=kernels),
         schedule=Schedule(a.rate, a.warmup_steps, a.decay_share),
         budget=Budget(a.steps, a.minutes),
-        main_mix=a.main_mix,
-        decay_mix=a.decay_mix,
+        main_mix=a.main_mix or main_mix,
+        decay_mix=a.decay_mix or decay_mix,
         rows=a.rows,
         length=a.length,
+        optimizer=a.optimizer,
         weight_decay=a.weight_decay,
         seed=a.seed,
         compiled=a.compiled,
+        captured=a.captured and a.device.startswith("cuda"),
         log_every=a.log_every,
         evaluate_every=a.evaluate_every,
         decay_evaluate_every=a.decay_evaluate_every,

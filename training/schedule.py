@@ -21,6 +21,23 @@ DECAY_MIX: Mapping[str, float] = {
     "ccby_picture_books": 0.04,
 }
 
+SYNTHETIC = "synthetic"  # the name of the source that teachers wrote
+# What teachers wrote after TinyStories takes most of the place of TinyStories, of which there is least.
+STUDENT_MAIN_MIX: Mapping[str, float] = {
+    "gpt4omini_stories": 0.48,
+    "tinystories_pieces": 0.09,
+    SYNTHETIC: 0.33,
+    "pd_fairytaleqa": 0.02,
+    "pd_chilit": 0.06,
+    "ccby_picture_books": 0.02,
+}
+STUDENT_DECAY_MIX: Mapping[str, float] = {
+    "gpt4omini_stories": 0.45,
+    "tinystories_pieces": 0.14,
+    SYNTHETIC: 0.38,
+    "ccby_picture_books": 0.03,
+}
+
 BEST_OF = ("gpt4omini_stories", "tinystories_pieces")  # what the model is for: these decide when it was best
 
 

@@ -25,30 +25,12 @@ from training.best import Best
 from training.data import Heldout, Windows
 from training.export import export
 from training.model import StoryModel
+from training.optimizers import CapturedUpdate, Update, make_optimizers, restore, set_rate
 from training.options import TrainOptions, parse_options
 
 
-def make_optimizer(model: StoryModel, options: TrainOptions) -> torch.optim.AdamW:
-    """AdamW: matrices with weight decay, the rest without, base decay and bonus also at twice the rate."""
-    decayed, plain, double = [], [], []
-    for name, parameter in model.named_parameters():
-        if name.endswith(("time_decay", "time_faaaa")):
-            double.append(parameter)
-        elif name.endswith("weight") and parameter.ndim == 2:
-            decayed.append(parameter)
-        else:
-            plain.append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": options.weight_decay, "scale": 1.0},
-        {"params": plain, "weight_decay": 0.0, "scale": 1.0},
-        {"params": double, "weight_decay": 0.0, "scale": 2.0},
-    ]
-    fused = plain[0].is_cuda
-    return torch.optim.AdamW(groups, lr=options.schedule.peak, betas=(0.9, 0.95), eps=1e-9, fused=fused)
-
-
 class Trainer:
-    """A model, its optimizer and its place in the run."""
+    """A model, its optimizers and its place in the run."""
 
     def __init__(self, options: TrainOptions, windows: Windows, heldout: Heldout | None, folder: Path) -> None:
         self.options, self.windows, self.heldout, self.folder = options, windows, heldout, folder
@@ -56,9 +38,12 @@ class Trainer:
         torch.manual_seed(options.seed)
         dtype = torch.bfloat16 if options.compiled or self.device.type == "cuda" else torch.float32
         self.model = StoryModel(options.model, dtype).to(self.device)
-        self.optimizer = make_optimizer(self.model, options)
+        rate = options.schedule.peak
+        self.optimizers = make_optimizers(self.model, rate, options.weight_decay, options.optimizer == "muon")
         if options.compiled:
             self.model.compile_parts()
+        update = Update(self.model, self.optimizers, options.clip)
+        self.update = CapturedUpdate(update) if options.captured else update
         self.main_weights = windows.weights(options.main_mix)
         self.decay_weights = windows.weights(options.decay_mix)
         self.generator = torch.Generator(self.device)
@@ -97,16 +82,9 @@ class Trainer:
         self.generator.manual_seed(seed)
         weights = self.decay_weights if decaying else self.main_weights
         inputs, targets = self.windows.batch(weights, options.rows, options.length, options.at_start, self.generator)
-        rate = options.schedule.rate(self.step, progress)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["scale"]
-        loss = self.model.losses(inputs, targets).mean()
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), options.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        set_rate(self.optimizers, options.schedule.rate(self.step, progress))
         self.step += 1
-        return loss.detach(), norm
+        return self.update(inputs, targets)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -131,7 +109,7 @@ class Trainer:
         """Write a checkpoint; it appears under its name only when it is whole."""
         content = {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
             "seconds": self.elapsed(),
             "best": None if self.best is None else (self.best.bits, self.best.step),
@@ -144,7 +122,7 @@ class Trainer:
         """Continue from a checkpoint."""
         content = torch.load(path, map_location=self.device, weights_only=True)
         self.model.load_state_dict(content["model"])
-        self.optimizer.load_state_dict(content["optimizer"])
+        restore(self.optimizers, content["optimizers"])
         self.step, self.seconds = content["step"], content["seconds"]
         # Of another run's checkpoints the best one is not here.
         if self.best is not None and path.parent == self.folder and content.get("best") is not None:
@@ -223,7 +201,7 @@ def main() -> None:
         # The products inside the WKV are fp32; their inputs come from bf16 ones, so tf32 loses nothing.
         torch.set_float32_matmul_precision("high")
     arguments.run.mkdir(parents=True, exist_ok=True)
-    windows = Windows.load(arguments.data, device)
+    windows = Windows.load(arguments.data, device, arguments.synthetic)
     heldout = Heldout.load(arguments.data, options.length, options.heldout_windows, options.model.vocab_size, device)
     trainer = Trainer(options, windows, heldout, arguments.run)
     trainer.started = started
