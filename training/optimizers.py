@@ -90,29 +90,27 @@ class CapturedUpdate:
         self.inputs, self.targets, self.loss, self.norm = (torch.empty(0) for _ in range(4))
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """As `Update`; raises RuntimeError where something in it waits for the device."""
-        if self.eager_steps:
-            self.eager_steps -= 1
-            return self._aside(inputs, targets)
-        if self.graph is None:
-            self._capture(inputs, targets)
+        """As `Update`, for batches of one shape; raises RuntimeError where something in it waits for the device."""
+        if self.inputs.shape != inputs.shape:
+            # Compiled code is for one layout: that of these buffers, before the capture too.
+            self.inputs, self.targets = (x.clone(memory_format=torch.contiguous_format) for x in (inputs, targets))
         self.inputs.copy_(inputs)
         self.targets.copy_(targets)
-        assert self.graph is not None
+        if self.eager_steps:
+            self.eager_steps -= 1
+            return self._aside()
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.loss, self.norm = self.update(self.inputs, self.targets)
         self.graph.replay()
         return self.loss.clone(), self.norm.clone()
 
-    def _aside(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _aside(self) -> tuple[Tensor, Tensor]:
         """On a stream of its own, as a capture is."""
         current = torch.cuda.current_stream()
         self.side.wait_stream(current)
         with torch.cuda.stream(self.side):
-            results = self.update(inputs, targets)
+            results = self.update(self.inputs, self.targets)
         current.wait_stream(self.side)
         return results
-
-    def _capture(self, inputs: Tensor, targets: Tensor) -> None:
-        self.inputs, self.targets = inputs.clone(), targets.clone()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.loss, self.norm = self.update(self.inputs, self.targets)
