@@ -91,6 +91,7 @@ def test_as_much_is_written_as_was_asked_for(plugins: Plugins) -> None:
     assert tokens.dtype == np.uint16
     assert len(tokens) >= 1500
     assert tokens[0] == 0
+    assert len(synthesise(writers(plugins, 1, rows=8, length=256), 10**9, seconds=1e-9)) <= 8 * 256
 
 
 def test_texts_that_never_end_are_complained_of(plugins: Plugins) -> None:

@@ -12,6 +12,7 @@ windows of the corpus do: with another document like it.
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,15 +85,15 @@ def whole_documents(texts: Tensor) -> npt.NDArray[np.uint16]:
     return np.concatenate([row[:last] for row, last in zip(rows, lasts, strict=True)])
 
 
-def synthesise(writers: Writers, tokens: int) -> npt.NDArray[np.uint16]:
-    """At least so many tokens of whole documents, each begun by id 0.
+def synthesise(writers: Writers, tokens: int, seconds: float = math.inf) -> npt.NDArray[np.uint16]:
+    """At least so many tokens of whole documents, each begun by id 0; fewer where the seconds are over before.
 
     Raises:
         ValueError: hardly any text ends within the length.
     """
     parts: list[npt.NDArray[np.uint16]] = []
     started, count, drawn = time.perf_counter(), 0, 0
-    while count < tokens:
+    while count < tokens and time.perf_counter() - started < seconds:
         texts = writers.write()
         parts.append(whole_documents(texts))
         count, drawn = count + len(parts[-1]), drawn + texts.numel()
@@ -108,6 +109,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("models", type=Path, nargs="+")
     parser.add_argument("--tokens", type=int, default=20_000_000)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing new after so many")
     parser.add_argument("--rows", type=int, default=2048)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--source", default="tinystories_pieces", help="whose beginnings the texts have")
@@ -121,7 +123,8 @@ def main() -> None:
     models = [build_model(open_tensors(path), plugins.architectures, device) for path in a.models]
     torch.manual_seed(a.seed)
     openings = find_openings(load_tokens(a.data / f"{a.source}.train.npy.xz"), a.opening)
-    np.save(a.output, synthesise(Writers(models, backend, a.rows, a.length, openings), a.tokens))
+    writers = Writers(models, backend, a.rows, a.length, openings)
+    np.save(a.output, synthesise(writers, a.tokens, 60.0 * a.minutes))
 
 
 if __name__ == "__main__":
