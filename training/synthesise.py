@@ -86,14 +86,14 @@ def whole_documents(texts: Tensor) -> npt.NDArray[np.uint16]:
 
 
 def synthesise(writers: Writers, tokens: int, seconds: float = math.inf) -> npt.NDArray[np.uint16]:
-    """At least so many tokens of whole documents, each begun by id 0; fewer where the seconds are over before.
+    """At least so many tokens of whole documents, each begun by id 0; fewer where the seconds are over before, but some.
 
     Raises:
         ValueError: hardly any text ends within the length.
     """
     parts: list[npt.NDArray[np.uint16]] = []
     started, count, drawn = time.perf_counter(), 0, 0
-    while count < tokens and time.perf_counter() - started < seconds:
+    while not parts or (count < tokens and time.perf_counter() - started < seconds):
         texts = writers.write()
         parts.append(whole_documents(texts))
         count, drawn = count + len(parts[-1]), drawn + texts.numel()
