@@ -2,7 +2,8 @@
 
 A decode step as the engine freezes it, sampler included, and a prompt: how long each takes, its share of what the
 memory and the matrix units can do, and each kernel's part of it. `--try tile_rows=4,programs=396` measures with these
-fields of `Tuning` as well; it may be repeated.
+fields of `Tuning` as well; it may be repeated. `--zeros 0.8` makes so many of the value matrix's inputs zero, as they
+are in a trained model (`python -m benchmarks.sparsity`); the shares are still of what a dense step reads.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--profile", action="store_true", help="each kernel's part; waiting counts where kernels overlap"
     )
+    parser.add_argument("--zeros", type=float, help="of the value matrix's inputs [as random weights have it: half]")
     parser.add_argument("--weights", type=Path, metavar="FOLDER", help="keeps the random checkpoints there")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -56,7 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         architecture = plugins.architectures.get(options.architecture)
         checkpoint = make_checkpoint(architecture, options.size, options.dtype, folder)
-        model = build_model(checkpoint.tensors(), plugins.architectures, CUDA)
+        tensors = checkpoint.tensors()
+        if options.zeros is not None:
+            tensors = with_zeros(tensors, options.zeros)
+        model = build_model(tensors, plugins.architectures, CUDA)
     print(f"{torch.cuda.get_device_name()}: {ceilings.read():.0f} GB/s read", flush=True)
     expected: dict[int, torch.Tensor] = {}
     for tuning in [Tuning(), *options.tries]:
@@ -77,6 +82,22 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print_profile(step)
         collect()
     return 0
+
+
+def with_zeros(tensors: Mapping[str, torch.Tensor], share: float) -> dict[str, torch.Tensor]:
+    """Keys such that relu^2 of this share is zero: some rows of the key matrix are, the others mean what they did.
+
+    Of what rows that are not zero give, half is negative. Raises ValueError for a share below that half.
+    """
+    kept = 2 * (1 - share)
+    if not 0 <= kept <= 1:
+        raise ValueError(f"of inputs from random weights half are zero: {share:g} is not between 0.5 and 1")
+    draw = torch.Generator().manual_seed(1)
+    sparse = dict(tensors)
+    for name, t in tensors.items():
+        if name.endswith(".ffn.key.weight"):
+            sparse[name] = t * (torch.rand(len(t), 1, generator=draw) < kept).to(t.dtype)
+    return sparse
 
 
 def changed(text: str) -> Tuning:

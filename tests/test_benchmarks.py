@@ -15,14 +15,17 @@ from benchmarks.checkpoints import SIZES, make_checkpoint
 from benchmarks.contestants import PER_OP
 from benchmarks.entrants import entrants
 from benchmarks.fla import CHUNKED, OP, STEP, calling
+from benchmarks.kernels import with_zeros
 from benchmarks.llama import gguf_tensors
 from benchmarks.package import PACKAGE, SWITCHES
 from benchmarks.report import main
 from benchmarks.results import Results, read
 from benchmarks.room import Unavailable, free_bytes, require
+from benchmarks.sparsity import zero_inputs
 from benchmarks.targets import cpu_targets, gpu_targets
 from rwkv_runtime import Architecture, Plugins
-from rwkv_runtime.checkpoint import build_model
+from rwkv_runtime.checkpoint import build_model, open_tensors
+from rwkv_runtime.embedded import embedded_model
 
 CPU = torch.device("cpu")
 MACHINE = {
@@ -253,3 +256,20 @@ def test_the_suite_knows_its_parts(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_the_suite_leaves_out_what_there_is_no_time_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert suite.main([str(tmp_path), "--seconds", "0", "--device", "cpu", "--smoke"]) == 0
     assert "left out, the time is over: benchmarks -k ceiling or (test_decode" in capsys.readouterr().out
+
+
+def test_zeros_among_the_inputs_of_the_value_matrix_are_counted() -> None:
+    model = build_model(open_tensors(embedded_model()), Plugins.load().architectures, CPU, torch.float32)
+    shares = zero_inputs(model, range(100, 164))
+    assert len(shares) == model.config.n_layer
+    assert all(0.5 < share < 1 for share in shares)  # trained: more than by chance
+
+
+def test_zeros_are_made_as_many_as_asked_for(tmp_path: Path) -> None:
+    plugins = Plugins.load()
+    checkpoint = make_checkpoint(plugins.architectures.get("rwkv6"), "tiny", "float32", tmp_path)
+    model = build_model(with_zeros(checkpoint.tensors(), 0.8), plugins.architectures, CPU)
+    shares = zero_inputs(model, range(1, 65))
+    assert sum(shares) / len(shares) == pytest.approx(0.8, abs=0.03)
+    with pytest.raises(ValueError, match=r"0\.4 is not between 0\.5 and 1"):
+        with_zeros({}, 0.4)
