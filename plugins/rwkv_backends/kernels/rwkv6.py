@@ -10,7 +10,7 @@ from rwkv_layers.linear import Matrix, dense, linear, linears
 from rwkv_layers.rwkv6 import RESCALE_EVERY, Block, Weights
 from torch import Tensor
 
-from rwkv_backends.kernels import chunk6, mixing, sparse, vector, wkv6
+from rwkv_backends.kernels import chunk6, mixing, spans6, sparse, vector, wkv6
 from rwkv_backends.kernels.tuning import Tuning
 from rwkv_runtime import Forward, Model, State
 
@@ -85,8 +85,9 @@ def _many(x: Tensor, att_x: Tensor, att_kv: Tensor, ffn_x: Tensor, layer: Layer,
     low = dense(mixed[0].to(att.decay_w1.dtype), att.decay_w1)
     kvrg = linears(mixed[1:], att.kvrg)
     norm = att.ln_x_weight, att.ln_x_bias
-    if T == 1:
-        out = wkv6.wkv(kvrg, low, att.decay_w2, att.decay, att.bonus, norm, att_kv, x, tuning)
+    if T == 1 or tuning.wkv_products:
+        scan = wkv6 if T == 1 else spans6
+        out = scan.wkv(kvrg, low, att.decay_w2, att.decay, att.bonus, norm, att_kv, x, tuning)
     else:
         decays = chunk6.decays(low, att.decay_w2, att.decay, tuning)
         out = chunk6.wkv(kvrg, decays, att.bonus, norm, att_kv, x, tuning)

@@ -35,6 +35,12 @@ class Tuning:
     """Tokens of a prompt between two states that are computed: at least 16, as a matrix product of Triton has."""
     span: int = 64
     """Tokens of a prompt that one program goes through a chunk at a time, all spans at once: at least a chunk."""
+    wkv_products: bool = True
+    """Whether the WKV of a prompt is in products as large as a span (`spans6`) or a chunk (`chunk6`)."""
+    wkv_halves: bool = True
+    """Whether a model in bfloat16 has the products of `spans6` in bfloat16, too, instead of tf32."""
+    wkv_registers: int = 168
+    """Registers a thread of its largest kernel: 128 let four programs share a multiprocessor, 168 three."""
     state_cols: int = 32
     """Columns of a head's state that one program carries through a prompt: from 16 to the head size."""
 
