@@ -31,6 +31,12 @@ class Tuning:
     """Its channels."""
     lerp_split: int = 512
     """Up to so many tokens a program makes one of the five mixtures: more programs, each reading what they share."""
+    lerp_stages: int = 3
+    """Mixtures under way in it: while one is worked out the weights of the next ones are on their way."""
+    lerp_registers: int = 168
+    """Registers a thread of it: 168 let three programs share a multiprocessor, 128 four."""
+    lerp_warps: int = 4
+    """Warps of it."""
     chunk: int = 16
     """Tokens of a prompt between two states that are computed: at least 16, as a matrix product of Triton has."""
     span: int = 64
