@@ -19,8 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rwkv_backends.kernels.device import store, tanh
+from rwkv_backends.kernels.device import sigmoid, store, tanh
 from rwkv_backends.kernels.tuning import Tuning
+
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -31,7 +33,7 @@ def log_decays(low_ptr, w_ptr, decay_ptr, i, n, live, D: tl.constexpr, RANK: tl.
     w = tl.load(w_ptr + n[None, :] * D + rank[:, None], mask=(rank < D)[:, None], other=0.0)
     raw = tl.dot(tanh(low.to(tl.float32)).to(w.dtype), w, input_precision=PRECISION)
     raw += tl.load(decay_ptr + n)[None, :]
-    return tl.where(live, tl.maximum(tl.exp(raw) * -1.4426950408889634, -150.0), 0.0)
+    return tl.where(live, tl.maximum(tl.exp2(raw * LOG2_E) * -LOG2_E, -150.0), 0.0)
 
 
 @triton.jit
@@ -116,7 +118,7 @@ def outputs_kernel(kvrg_ptr, low_ptr, w_ptr, decay_ptr, between_ptr, u_ptr, weig
     normed = apart * tl.rsqrt(tl.sum(apart * apart, 1) / N + 64e-5)[:, None]
     g = tl.load(k_ptr + 3 * part + own, mask=live, other=0.0).to(tl.float32)
     y = normed * tl.load(weight_ptr + h * N + n)[None, :] + tl.load(bias_ptr + h * N + n)[None, :]
-    store(out_ptr + start * (H * N) + h * N + own, y * g * tl.sigmoid(g), live)
+    store(out_ptr + start * (H * N) + h * N + own, y * g * sigmoid(g), live)
 
 
 @cache
@@ -167,5 +169,6 @@ def wkv(
     carry_kernel[B * H, N * N // block](kv, kept, states, slots, H, N, block, num_warps=2)
     out = like.new_empty(M, C)
     args = kvrg, low, w, decay, table, u, *norm, states, out, M, T, slots, H
-    outputs_kernel[slots, H, B](*args, **sizes, **options, maxnreg=tuning.wkv_registers if kvrg.element_size() == 2 and warps < 8 else None)
+    limited = kvrg.element_size() == 2 and N <= 64
+    outputs_kernel[slots, H, B](*args, **sizes, **options, maxnreg=tuning.wkv_registers if limited else None)
     return out
