@@ -231,3 +231,20 @@ def test_a_capture_leaves_its_buffers_as_they_were() -> None:
     replay()
     replay()
     assert total.tolist() == [3, 3, 3]
+
+
+def test_products_beside_others_say_what_they_say_one_by_one(plugins: Plugins) -> None:
+    """As kernels and as a graph, through many layers, in which one that did not wait would show."""
+    architecture = plugins.architectures.get("rwkv6")
+    tensors = architecture.random(architecture.sizes(6, 1024, VOCAB_SIZE, 64), dtype=torch.bfloat16)
+    model = build_model(tensors, [architecture], torch.device("cuda"))
+    results = []
+    for on in (False, True):
+        forward = Fused(Tuning(beside=on)).forward(model)
+        assert isinstance(forward, CapturedPrompts)
+        tokens = torch.tensor([tokens_of(forward.length)], device="cuda")
+        for run in (forward, forward.forward):
+            state = model.new_state()
+            results.append((run(tokens, state), *state.tensors.values()))
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))

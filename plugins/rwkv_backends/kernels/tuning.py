@@ -41,6 +41,8 @@ class Tuning:
     """Tokens of a prompt between two states that are computed: at least 16, as a matrix product of Triton has."""
     span: int = 64
     """Tokens of a prompt that one program goes through a chunk at a time, all spans at once: at least a chunk."""
+    beside: bool = False
+    """Whether small products of a prompt run beside large ones."""
     wkv_products: bool = True
     """Whether the WKV of a prompt is in products as large as a span (`spans6`) or a chunk (`chunk6`)."""
     wkv_halves: bool = True
