@@ -173,11 +173,11 @@ def test_many_requests_come_and_go(plugins: Plugins, tokenizer: Tokenizer) -> No
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_another_length_of_prompt_compiles_nothing(plugins: Plugins, name: str) -> None:
-    from rwkv_backends.kernels import chunk6, chunk7, mixing, spans6, sparse, vector, wkv6, wkv7
+    from rwkv_backends.kernels import chunk7, mixing, spans6, sparse, vector, wkv6, wkv7
     from triton.runtime.jit import JITFunction
 
     def count() -> int:
-        modules = chunk6, chunk7, mixing, spans6, sparse, vector, wkv6, wkv7
+        modules = chunk7, mixing, spans6, sparse, vector, wkv6, wkv7
         kernels = [k for module in modules for k in vars(module).values()]
         return sum(len(k.device_caches[0][0]) for k in kernels if isinstance(k, JITFunction))
 

@@ -12,7 +12,7 @@ from rwkv_layers.rwkv6 import RESCALE_EVERY, Block, Weights
 from torch import Tensor
 
 from rwkv_backends.beside import Beside
-from rwkv_backends.kernels import chunk6, mixing, spans6, sparse, vector, wkv6
+from rwkv_backends.kernels import mixing, spans6, sparse, vector, wkv6
 from rwkv_backends.kernels.tuning import Tuning
 from rwkv_runtime import Forward, Model, State
 
@@ -92,12 +92,8 @@ def _many(
     kvrg = linears(mixed[1:], att.kvrg)
     beside.done()
     norm = att.ln_x_weight, att.ln_x_bias
-    if T == 1 or tuning.wkv_products:
-        scan = wkv6 if T == 1 else spans6
-        out = scan.wkv(kvrg, low, att.decay_w2, att.decay, att.bonus, norm, att_kv, x, tuning)
-    else:
-        decays = chunk6.decays(low, att.decay_w2, att.decay, tuning)
-        out = chunk6.wkv(kvrg, decays, att.bonus, norm, att_kv, x, tuning)
+    wkv = wkv6.wkv if T == 1 else spans6.wkv
+    out = wkv(kvrg, low, att.decay_w2, att.decay, att.bonus, norm, att_kv, x, tuning)
     if att.output.scale is None:
         x.addmm_(out, att.output.weight.t())
     else:

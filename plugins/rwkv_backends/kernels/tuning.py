@@ -38,13 +38,12 @@ class Tuning:
     lerp_warps: int = 4
     """Warps of it."""
     chunk: int = 16
-    """Tokens of a prompt between two states that are computed: at least 16, as a matrix product of Triton has."""
+    """RWKV-7: tokens of a prompt between two states that are computed: at least 16, the least of Triton's products."""
     span: int = 64
-    """Tokens of a prompt that one program goes through a chunk at a time, all spans at once: at least a chunk."""
+    """Tokens of a prompt one program works on, all spans at once: at least 16, in RWKV-7 a chunk. RWKV-6 in float32
+    takes half as many."""
     beside: bool = False
     """Whether small products of a prompt run beside large ones."""
-    wkv_products: bool = True
-    """Whether the WKV of a prompt is in products as large as a span (`spans6`) or a chunk (`chunk6`)."""
     wkv_halves: bool = True
     """Whether a model in bfloat16 has the products of `spans6` in bfloat16, too, instead of tf32."""
     wkv_registers: int = 168
