@@ -173,11 +173,12 @@ def test_many_requests_come_and_go(plugins: Plugins, tokenizer: Tokenizer) -> No
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_another_length_of_prompt_compiles_nothing(plugins: Plugins, name: str) -> None:
-    from rwkv_backends.kernels import chunk6, chunk7, mixing, sparse, vector, wkv6, wkv7
+    from rwkv_backends.kernels import chunk7, mixing, spans6, sparse, vector, wkv6, wkv7
     from triton.runtime.jit import JITFunction
 
     def count() -> int:
-        kernels = [k for module in (chunk6, chunk7, mixing, sparse, vector, wkv6, wkv7) for k in vars(module).values()]
+        modules = chunk7, mixing, spans6, sparse, vector, wkv6, wkv7
+        kernels = [k for module in modules for k in vars(module).values()]
         return sum(len(k.device_caches[0][0]) for k in kernels if isinstance(k, JITFunction))
 
     model = on_gpu(plugins, torch.bfloat16, name)
@@ -230,3 +231,20 @@ def test_a_capture_leaves_its_buffers_as_they_were() -> None:
     replay()
     replay()
     assert total.tolist() == [3, 3, 3]
+
+
+def test_products_beside_others_say_what_they_say_one_by_one(plugins: Plugins) -> None:
+    """As kernels and as a graph, through many layers, in which one that did not wait would show."""
+    architecture = plugins.architectures.get("rwkv6")
+    tensors = architecture.random(architecture.sizes(6, 1024, VOCAB_SIZE, 64), dtype=torch.bfloat16)
+    model = build_model(tensors, [architecture], torch.device("cuda"))
+    results = []
+    for on in (False, True):
+        forward = Fused(Tuning(beside=on)).forward(model)
+        assert isinstance(forward, CapturedPrompts)
+        tokens = torch.tensor([tokens_of(forward.length)], device="cuda")
+        for run in (forward, forward.forward):
+            state = model.new_state()
+            results.append((run(tokens, state), *state.tensors.values()))
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))

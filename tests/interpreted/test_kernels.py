@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import apart
-from rwkv_backends.kernels import chunk6, mixing, sparse, vector, wkv6
+from rwkv_backends.kernels import mixing, sparse, vector, wkv6
 from rwkv_backends.kernels.tuning import Tuning
 from rwkv_layers.linear import Matrix
 from rwkv_layers.matrices import quantize
@@ -243,51 +243,3 @@ def test_one_token_through_the_wkv(dtype: torch.dtype, decay: str, N: int) -> No
     close(dtype, (out, gated(o, kvrg[3], norm)), (kv[:B], end))
     assert out.dtype == dtype
     assert torch.equal(kv[B], spare)
-
-
-@pytest.mark.parametrize("T", [2, 16, 50])
-@pytest.mark.parametrize("decay", sorted(DECAYS))
-def test_many_tokens_through_the_wkv(decay: str, T: int) -> None:
-    draw, H, N = Draw(torch.float32), 2, 32
-    kvrg, u, norm, kv = draw(4, B * T, H * N), draw(H, N), (draw(H, N), draw(H, N)), draw(B + 1, H, N, N)
-    raw = torch.empty(B * T, H * N).uniform_(*DECAYS[decay], generator=draw.generator)
-    w = torch.exp(-torch.exp(raw))
-    o, end = recurrence(kvrg, w, u, kv[:B])
-    spare = kv[B].clone()
-    out = chunk6.wkv(kvrg, w, u, norm, kv[:B], kvrg, Tuning(span=32))
-    close(torch.float32, (out, gated(o, kvrg[3], norm)), (kv[:B], end))
-    assert torch.equal(kv[B], spare)
-
-
-@pytest.mark.parametrize("tuning", [Tuning(), Tuning(chunk=32), Tuning(span=16)], ids=["usual", "long", "short"])
-def test_chunks_and_spans_of_any_length_and_halves_give_the_same(tuning: Tuning) -> None:
-    draw, H, N, T = Draw(torch.bfloat16), 1, 16, 140
-    full = torch.float32
-    kvrg, u, kv = draw(4, T, N), draw(H, N, dtype=full), draw(1, H, N, N, dtype=full)
-    norm = draw(H, N, dtype=full), draw(H, N, dtype=full)
-    w = torch.exp(-torch.exp(torch.empty(T, N).uniform_(-8, 3, generator=draw.generator)))
-    o, end = recurrence(kvrg, w, u, kv)
-    out = chunk6.wkv(kvrg, w, u, norm, kv, kv, tuning)
-    assert out.dtype == full
-    close(full, (out, gated(o, kvrg[3], norm)), (kv, end))  # half inputs are computed in float32
-    assert chunk6.wkv(kvrg, w, u, norm, kv, kvrg, tuning).dtype == torch.bfloat16
-
-
-def test_a_decay_of_zero_forgets_all_and_of_one_keeps_all() -> None:
-    draw, N, T = Draw(torch.float32), 16, 40
-    kvrg, u, norm, kv = draw(4, T, N), draw(1, N), (draw(1, N), draw(1, N)), draw(1, 1, N, N)
-    k, v = kvrg[0], kvrg[1]
-    start = kv.clone()
-    chunk6.wkv(kvrg, torch.zeros(T, N), u, norm, kv, kvrg, Tuning(span=32))
-    torch.testing.assert_close(kv[0, 0], torch.outer(k[-1], v[-1]))
-    chunk6.wkv(kvrg, torch.ones(T, N), u, norm, start.copy_(kv), kvrg, Tuning(span=32))
-    torch.testing.assert_close(start, kv + k.t() @ v)
-
-
-def test_decays(dtype: torch.dtype) -> None:
-    draw, M = Draw(dtype), 19
-    low, w, decay = draw(M, D), 0.3 * draw(C, D), torch.linspace(-20.0, 6.0, C)
-    twin = torch.exp(-torch.exp(decay.double() + torch.tanh(low.double()) @ w.double().t()))
-    ours = chunk6.decays(low, w, decay, TUNING)
-    assert ours.dtype == torch.float32
-    close(dtype, (ours, twin))

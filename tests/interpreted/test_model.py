@@ -59,11 +59,11 @@ def test_halves_are_as_near_to_the_reference_as_plain_pytorch_is(
     architecture = plugins.architectures.get("rwkv6")
     tensors = {name: t.to(dtype) for name, t in random(architecture, layers, 32, 16, 33, 8).items()}
     model = built(tensors, plugins)
-    tokens = [t % 33 for t in tokens_of(4)]
+    tokens = [t % 33 for t in tokens_of(24)]  # of few, chance decides
     expected = architecture.reference(tensors, tokens)
     plain = off(logits_of(model, tokens), expected)
     for tuning in (FEW, MANY):
-        assert off(read(model, tuning, torch.tensor([tokens]), [1, 2, 1])[0], expected) < 1.5 * plain
+        assert off(read(model, tuning, torch.tensor([tokens]), [1, 22, 1])[0], expected) < 1.5 * plain
 
 
 def test_int8_weights_give_what_plain_pytorch_makes_of_them(architecture: Architecture, plugins: Plugins) -> None:

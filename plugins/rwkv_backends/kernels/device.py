@@ -27,8 +27,15 @@ def share(index, programs, count):
 
 
 @triton.jit
+def sigmoid(x):
+    """A third of the instructions of tl.sigmoid, which divides, and keeps numbers that are less than 2^-126."""
+    root = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
+    return root * root
+
+
+@triton.jit
 def tanh(x):
-    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+    return 2.0 * sigmoid(2.0 * x) - 1.0
 
 
 @triton.jit

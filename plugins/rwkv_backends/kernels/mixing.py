@@ -78,26 +78,29 @@ def shift_six_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, mu_ptr, out_ptr, las
 
 @triton.jit(do_not_specialize=["M", "T"])
 def lerps_kernel(lora_ptr, normed_ptr, dx_ptr, w_ptr, out_ptr, prev_ptr, M, T, R: tl.constexpr, C: tl.constexpr,
-                 RANK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
-    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+                 RANK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr,
+                 STAGES: tl.constexpr):  # fmt: skip
+    start = tl.program_id(0).to(tl.int64) * ROWS
+    row, rank = tl.arange(0, ROWS)[:, None], tl.arange(0, RANK)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
-    rank = tl.arange(0, RANK)
     first = tl.program_id(2) * PARTS
-    mask = (m < M)[:, None] & (cols < C)[None, :]
-    at = m[:, None] * C + cols[None, :]
-    x = tl.load(normed_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    dx = tl.load(dx_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    for part in tl.static_range(PARTS):
+    live = row < M - start
+    mask = live & (cols < C)[None, :]
+    at = row * C + cols[None, :]
+    x = tl.load(normed_ptr + start * C + at, mask=mask, other=0.0)
+    dx = tl.load(dx_ptr + start * C + at, mask=mask, other=0.0)
+    for part in tl.range(PARTS, num_stages=STAGES):  # the next part's weights are on their way
         i = first + part
-        lora_at = m[:, None] * (5 * R) + i * R + rank[None, :]
-        lora = tl.load(lora_ptr + lora_at, mask=(m < M)[:, None] & (rank < R)[None, :], other=0.0)
-        w_at = (i * (R + 1) + rank)[:, None] * C + cols[None, :]
-        w = tl.load(w_ptr + w_at, mask=(rank < R)[:, None] & (cols < C)[None, :], other=0.0)
+        lora_at = lora_ptr + start * (5 * R) + i * R + row * (5 * R) + rank[None, :]
+        lora = tl.load(lora_at, mask=live & (rank < R)[None, :], other=0.0)
+        w_at = w_ptr + i * (R + 1) * C + rank[:, None] * C + cols[None, :]
+        w = tl.load(w_at, mask=(rank < R)[:, None] & (cols < C)[None, :], other=0.0)
         maa = load_vector(w_ptr + (i * (R + 1) + R) * C, cols, cols < C)
         mix = tl.dot(tanh(lora.to(tl.float32)).to(w.dtype), w, input_precision="ieee") + maa[None, :]
-        store(out_ptr + (i * M + m)[:, None] * C + cols[None, :], x + dx * mix, mask)
+        store(out_ptr + (i * tl.cast(M, tl.int64) + start) * C + at, x.to(tl.float32) + dx.to(tl.float32) * mix, mask)
+    m = tl.program_id(0) * ROWS + row
     last = m % T == tl.where(first == 0, T - 1, -1)  # written by the programs of the first part alone
-    store(prev_ptr + (m // T)[:, None] * C + cols[None, :], x, mask & last[:, None])
+    store(prev_ptr + m // T * C + cols[None, :], x, mask & last)
 
 
 @triton.jit
@@ -182,7 +185,10 @@ def lerps(lora: Tensor, normed: Tensor, dx: Tensor, w: Tensor, prev: Tensor, T: 
     rank = max(16, triton.next_power_of_2(R))
     parts = tuning.lerp_parts(M)
     grid = (triton.cdiv(M, rows), triton.cdiv(C, cols), 5 // parts)
-    lerps_kernel[grid](lora, normed, dx, w, out, prev, M, T, R, C, rank, rows, cols, parts)
+    lerps_kernel[grid](
+        lora, normed, dx, w, out, prev, M, T, R, C, rank, rows, cols, parts, tuning.lerp_stages,
+        num_warps=tuning.lerp_warps, maxnreg=tuning.lerp_registers,
+    )  # fmt: skip
     return out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,8 @@ from rwkv_layers.linear import Matrix, dense, linear, linears
 from rwkv_layers.rwkv6 import RESCALE_EVERY, Block, Weights
 from torch import Tensor
 
-from rwkv_backends.kernels import chunk6, mixing, sparse, vector, wkv6
+from rwkv_backends.beside import Beside
+from rwkv_backends.kernels import mixing, spans6, sparse, vector, wkv6
 from rwkv_backends.kernels.tuning import Tuning
 from rwkv_runtime import Forward, Model, State
 
@@ -40,13 +42,14 @@ def forward(model: Model, tuning: Tuning) -> Forward:
     """The forward pass of a model; see `Forward` for what it takes."""
     weights: Weights = model.weights
     layers = pack(weights, tuning)
+    beside, alone = (Beside(model.device, on) for on in (tuning.beside, False))
 
     def run(tokens: Tensor, state: State, every: bool = False) -> Tensor:
         B, T = tokens.shape
         with torch.cuda.device_of(tokens):
             x = mixing.embed(tokens.flatten().contiguous(), weights.emb, weights.ln0, tuning)
             few = T == 1 and tuning.vector_rows >= B
-            layer = _few if few else _many
+            layer = _few if few else partial(_many, beside=alone if T == 1 else beside)
             # One layer of a state is contiguous, whichever of its rows a view has; the engine moves rows so that
             # those at work are always the first: no kernel needs to be told which they are.
             for i, weight in enumerate(layers):
@@ -75,26 +78,30 @@ def _few(x: Tensor, att_x: Tensor, att_kv: Tensor, ffn_x: Tensor, layer: Layer, 
     sparse.add_value(k, r, layer.value, normed, x, ffn_x, layer.scale, layer.arrived, tuning)
 
 
-def _many(x: Tensor, att_x: Tensor, att_kv: Tensor, ffn_x: Tensor, layer: Layer, tuning: Tuning) -> None:
+def _many(
+    x: Tensor, att_x: Tensor, att_kv: Tensor, ffn_x: Tensor, layer: Layer, tuning: Tuning, beside: Beside
+) -> None:
     """Any number of rows and tokens: x [B*T, C] and the state of the layer are updated in place."""
     att, ffn = layer.block.att, layer.block.ffn
     T = len(x) // len(att_x)
     normed, dx, first = mixing.shift(x, att_x, layer.block.ln1, att.maa_x, T)
     lora = dense(first.to(att.maa_w1.dtype), att.maa_w1)  # on a CPU the adapters are float32
     mixed = mixing.lerps(lora, normed, dx, att.maa_w2, att_x, T, tuning)
-    low = dense(mixed[0].to(att.decay_w1.dtype), att.decay_w1)
+    with beside.started():
+        low = dense(mixed[0].to(att.decay_w1.dtype), att.decay_w1)
     kvrg = linears(mixed[1:], att.kvrg)
+    beside.done()
     norm = att.ln_x_weight, att.ln_x_bias
-    if T == 1:
-        out = wkv6.wkv(kvrg, low, att.decay_w2, att.decay, att.bonus, norm, att_kv, x, tuning)
-    else:
-        decays = chunk6.decays(low, att.decay_w2, att.decay, tuning)
-        out = chunk6.wkv(kvrg, decays, att.bonus, norm, att_kv, x, tuning)
+    wkv = wkv6.wkv if T == 1 else spans6.wkv
+    out = wkv(kvrg, low, att.decay_w2, att.decay, att.bonus, norm, att_kv, x, tuning)
     if att.output.scale is None:
         x.addmm_(out, att.output.weight.t())
     else:
         x.add_(linear(out, att.output))
     maa = ffn.maa_k, ffn.maa_r
     key, receptance, last = mixing.shift_two(x, ffn_x, layer.block.ln2, maa, T)
-    k = mixing.relu_squared(linear(key, ffn.key))
-    mixing.gate(linear(receptance, ffn.receptance), linear(k, ffn.value), last, x, ffn_x, T, layer.scale)
+    with beside.started():
+        r = linear(receptance, ffn.receptance)
+    v = linear(mixing.relu_squared(linear(key, ffn.key)), ffn.value)
+    beside.done()
+    mixing.gate(r, v, last, x, ffn_x, T, layer.scale)

@@ -31,10 +31,23 @@ class Tuning:
     """Its channels."""
     lerp_split: int = 512
     """Up to so many tokens a program makes one of the five mixtures: more programs, each reading what they share."""
+    lerp_stages: int = 3
+    """Mixtures under way in it: while one is worked out the weights of the next ones are on their way."""
+    lerp_registers: int = 168
+    """Registers a thread of it: 168 let three programs share a multiprocessor, 128 four."""
+    lerp_warps: int = 4
+    """Warps of it."""
     chunk: int = 16
-    """Tokens of a prompt between two states that are computed: at least 16, as a matrix product of Triton has."""
+    """RWKV-7: tokens of a prompt between two states that are computed: at least 16, the least of Triton's products."""
     span: int = 64
-    """Tokens of a prompt that one program goes through a chunk at a time, all spans at once: at least a chunk."""
+    """Tokens of a prompt one program works on, all spans at once: at least 16, in RWKV-7 a chunk. RWKV-6 in float32
+    takes half as many."""
+    beside: bool = False
+    """Whether small products of a prompt run beside large ones."""
+    wkv_halves: bool = True
+    """Whether a model in bfloat16 has the products of `spans6` in bfloat16, too, instead of tf32."""
+    wkv_registers: int = 168
+    """Registers a thread of its largest kernel: 128 let four programs share a multiprocessor, 168 three."""
     state_cols: int = 32
     """Columns of a head's state that one program carries through a prompt: from 16 to the head size."""
 
