@@ -39,3 +39,13 @@ def poisoned() -> Iterator[None]:
     assert bool(torch.empty(3).isnan().all())
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(params=[False, True], ids=["dense", "int8"])
+def int8(request: pytest.FixtureRequest) -> bool:
+    return request.param

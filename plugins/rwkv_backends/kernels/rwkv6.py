@@ -11,6 +11,7 @@ from rwkv_layers.rwkv6 import RESCALE_EVERY, Block, Weights
 from torch import Tensor
 
 from rwkv_backends.kernels import chunk6, mixing, sparse, vector, wkv6
+from rwkv_backends.kernels.ffn import channel_mixing
 from rwkv_backends.kernels.tuning import Tuning
 from rwkv_runtime import Forward, Model, State
 
@@ -71,8 +72,12 @@ def _few(x: Tensor, att_x: Tensor, att_kv: Tensor, ffn_x: Tensor, layer: Layer, 
     out = wkv6.wkv(kvrg, low, att.decay_w2, att.decay, att.bonus, norm, att_kv, x, tuning)
     vector.add_product(out, att.output, x, tuning)
     maa = ffn.maa_k, ffn.maa_r
-    normed, k, r = vector.key_receptance(x, ffn_x, layer.block.ln2, maa, ffn.key, ffn.receptance, tuning)
-    sparse.add_value(k, r, layer.value, normed, x, ffn_x, layer.scale, layer.arrived, tuning)
+    if tuning.key_value:
+        matrices = ffn.key, ffn.receptance, layer.value
+        channel_mixing(x, ffn_x, layer.block.ln2, maa, *matrices, layer.scale, tuning)
+    else:
+        normed, k, r = vector.key_receptance(x, ffn_x, layer.block.ln2, maa, ffn.key, ffn.receptance, tuning)
+        sparse.add_value(k, r, layer.value, normed, x, ffn_x, layer.scale, layer.arrived, tuning)
 
 
 def _many(x: Tensor, att_x: Tensor, att_kv: Tensor, ffn_x: Tensor, layer: Layer, tuning: Tuning) -> None:

@@ -25,6 +25,10 @@ class Tuning:
     """Inputs of the value matrix that a program looks at together; those that are zero are not read."""
     value_cols: int = 128
     """Its outputs that a program adds to; several share them, each some of the inputs."""
+    key_value: bool = False
+    """Whether the program that has an input of the value matrix goes on to that matrix itself (`ffn.py`)."""
+    part_cols: int = 16
+    """Outputs of which a program then adds up what those have."""
     lerp_rows: int = 64
     """Tokens of one program that mixes inputs, where there are more than 16; half as many in float32."""
     lerp_cols: int = 64
