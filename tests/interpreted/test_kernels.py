@@ -23,10 +23,10 @@ def test_embed(dtype: torch.dtype) -> None:
     close(dtype, (mixing.embed(tokens, emb, norm, TUNING), normed(emb[tokens], norm)))
 
 
-def test_shift_lora(dtype: torch.dtype) -> None:
+def test_shift_lora(dtype: torch.dtype, tuning: Tuning) -> None:
     draw = Draw(dtype)
     x, prev, norm, maa, w = draw(B, C), draw(B, C), draw.norm(), draw(C), draw.matrix(5 * R, C)
-    ours = vector.shift_lora(x, prev, norm, maa, w, TUNING)
+    ours = vector.shift_lora(x, prev, norm, maa, w, tuning)
     e = normed(x, norm)
     dx = shifted(e, prev, 1)
     close(dtype, *zip(ours, (e, dx, (e + dx * maa.double()) @ w.double().t()), strict=True))
@@ -60,21 +60,21 @@ def test_lerps_of_few_rows(dtype: torch.dtype) -> None:
     assert torch.equal(prev, e)
 
 
-def test_kvrg(dtype: torch.dtype, int8: bool) -> None:
+def test_kvrg(dtype: torch.dtype, int8: bool, tuning: Tuning) -> None:
     draw = Draw(dtype)
     mixed, low = draw(5, B, C), draw.matrix(D, C)
     matrices, w = stored(draw(4, C, C), int8)
-    ours = vector.kvrg(mixed, matrices, low, TUNING)
+    ours = vector.kvrg(mixed, matrices, low, tuning)
     twins = torch.bmm(mixed[1:].double(), w.transpose(1, 2)), mixed[0].double() @ low.double().t()
     close(dtype, *zip(ours, twins, strict=True))
 
 
-def test_add_product(dtype: torch.dtype, int8: bool) -> None:
+def test_add_product(dtype: torch.dtype, int8: bool, tuning: Tuning) -> None:
     draw = Draw(dtype)
     x, y = draw(B, C), draw(B, C)
     matrix, w = stored(draw.matrix(C, C), int8)
     twin = x.double() + y.double() @ w.t()
-    vector.add_product(y, matrix, x, TUNING)
+    vector.add_product(y, matrix, x, tuning)
     close(dtype, (x, twin))
 
 
@@ -101,14 +101,14 @@ def test_relu_squared(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_channel_mixing_of_few_rows(dtype: torch.dtype, share: float, int8: bool) -> None:
+def test_channel_mixing_of_few_rows(dtype: torch.dtype, share: float, int8: bool, tuning: Tuning) -> None:
     """Whatever share of the inputs of the value matrix is zero."""
     draw = Draw(dtype)
     x, prev, norm, maa_k, maa_r = draw(B, C), draw(B, C), draw.norm(), draw(C), draw(C)
     (key, key_w), (receptance, receptance_w) = (stored(draw.matrix(rows, C), int8) for rows in (WIDTH, C))
     (value, scale), value_w = stored(draw(C, WIDTH), int8)
     kept = (torch.rand(WIDTH, generator=draw.generator) >= share).to(dtype)
-    ours = vector.key_receptance(x, prev, norm, (maa_k, maa_r), key, receptance, TUNING)
+    ours = vector.key_receptance(x, prev, norm, (maa_k, maa_r), key, receptance, tuning)
     e = normed(x, norm)
     dx = shifted(e, prev, 1)
     k = torch.relu((e + dx * maa_k.double()) @ key_w.t()) ** 2
@@ -118,8 +118,8 @@ def test_channel_mixing_of_few_rows(dtype: torch.dtype, share: float, int8: bool
     last, k, r = ours
     k *= kept
     twin = (x.double() + r.double() * (k.double() @ value_w.t())) * 0.5
-    arrived = sparse.arrivals(x, C, TUNING)
-    sparse.add_value(k, r, Matrix(value.t().contiguous(), scale), last, x, prev, 0.5, arrived, TUNING)
+    arrived = sparse.arrivals(x, C, tuning)
+    sparse.add_value(k, r, Matrix(value.t().contiguous(), scale), last, x, prev, 0.5, arrived, tuning)
     close(dtype, (x, twin))
     assert not arrived.any()
     assert torch.equal(prev, last)
@@ -136,11 +136,11 @@ def test_weights_of_zero_inputs_are_not_read() -> None:
     assert bool(x.isfinite().all())
 
 
-def test_head(dtype: torch.dtype, int8: bool) -> None:
+def test_head(dtype: torch.dtype, int8: bool, tuning: Tuning) -> None:
     draw = Draw(dtype)
     x, norm = draw(B, C), draw.norm()
     matrix, w = stored(draw.matrix(V, C), int8)
-    ours = vector.head(x, norm, matrix, TUNING)
+    ours = vector.head(x, norm, matrix, tuning)
     assert ours.dtype == torch.float32
     close(dtype, (ours, normed(x, norm) @ w.t()))
 

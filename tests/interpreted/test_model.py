@@ -19,7 +19,7 @@ from rwkv_runtime.testing import check_backend
 
 FEW = Tuning(overlap=False, programs=4, tile_rows=32, value_rows=64)
 """Every decode step of up to two rows through the kernels that hold whole rows of a matrix; large tiles, for speed."""
-ONE = replace(FEW, key_value=True)
+ONE = replace(FEW, key_value=True, pieces_from=1)
 MANY = replace(FEW, vector_rows=0)
 
 

@@ -7,28 +7,36 @@ many multiprocessors and here only those that come last would know that all sums
 Annotations are real types, not strings: Triton reads them.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 from rwkv_layers.linear import Matrix
 from torch import Tensor
 
-from rwkv_backends.kernels.device import (
-    let_next_begin,
-    load_raw,
-    norm_with,
-    share,
-    store,
-    wait_for_earlier,
+from rwkv_backends.kernels.device import let_next_begin, share, store, wait_for_earlier
+from rwkv_backends.kernels.rows import (
+    Rows,
+    columns,
+    load_row,
+    load_rows,
+    minus,
+    norm_of,
+    plus_product,
+    plus_rows,
+    store_row,
+    times,
+    zeros,
 )
 from rwkv_backends.kernels.tuning import Tuning
-from rwkv_backends.kernels.vector import Rows, first_tiles, products, tile
+from rwkv_backends.kernels.vector import first_tiles, products
 
 
 @triton.jit
 def keys(x, w, scale_ptr, rows, end):
     """relu(W x)^2 of a tile's rows, zero from row `end` on."""
-    y = tl.sum(w.to(tl.float32) * x[None, :], 1)
+    y = times(w, x)
     if scale_ptr is not None:
         y *= tl.load(scale_ptr + rows, mask=rows < end, other=0.0)
     y = tl.maximum(y, 0.0)
@@ -36,60 +44,59 @@ def keys(x, w, scale_ptr, rows, end):
 
 
 @triton.jit
-def value_rows(w_ptr, rows, wanted, cols, mask, C: tl.constexpr):
-    """A load that is masked out costs no traffic: rows of [F, C] that are not wanted are skipped."""
-    return tl.load(w_ptr + rows[:, None] * C + cols[None, :], mask=wanted[:, None] & mask[None, :], other=0.0)
-
-
-@triton.jit
 def key_value_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_k_ptr, maa_r_ptr, key_ptr, key_scale_ptr,
                      receptance_ptr, receptance_scale_ptr, value_ptr, normed_ptr, parts_ptr, r_ptr, F, KEYS,
-                     C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                     C: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr,
+                     OVERLAP: tl.constexpr):  # fmt: skip
     let_next_begin(OVERLAP)
+    AHEAD: tl.constexpr = 1 if REST else 2  # tiles of the key matrix; registers allow no more
     p, b = tl.program_id(0), tl.program_id(1)
-    cols = tl.arange(0, BLOCK)
-    mask = cols < C
+    cols = columns(BLOCK, REST)
     if p < KEYS:
         begin, stop = share(p, KEYS, tl.cdiv(F, ROWS))
         end = tl.minimum(stop * ROWS, F)
         rows = begin * ROWS + tl.arange(0, ROWS)
-        first, w = first_tiles(key_ptr, begin, stop, F, cols, mask, C, ROWS)
+        first, w = first_tiles(key_ptr, begin, stop, F, cols, C, ROWS)
         if OVERLAP:  # unconditionally: there is nothing else to do yet
-            v = value_rows(value_ptr, rows, rows < end, cols, mask, C)
-        weight, bias = load_raw(weight_ptr, cols, mask), load_raw(bias_ptr, cols, mask)
-        maa, prev = load_raw(maa_k_ptr, cols, mask), load_raw(prev_ptr + b * C, cols, mask)
+            v = load_rows(value_ptr, rows, rows < end, cols, C)
+        weight, bias = load_row(weight_ptr, cols, C), load_row(bias_ptr, cols, C)
+        maa, prev = load_row(maa_k_ptr, cols, C), load_row(prev_ptr + b * C, cols, C)
         wait_for_earlier(OVERLAP)
-        x = norm_with(x_ptr + b * C, weight, bias, cols, mask, C)
+        x = norm_of(x_ptr + b * C, weight, bias, cols, C)
         if p == 0:
-            store(normed_ptr + b * C + cols, x, mask)
-        x += (prev.to(tl.float32) - x) * maa.to(tl.float32)
-        ahead = tile(key_ptr, rows + 2 * ROWS, end, cols, mask, C)
+            store_row(normed_ptr + b * C, x, cols, C)
+        x = plus_product(x, minus(prev, x), maa)
+        if AHEAD == 2:
+            ahead = load_rows(key_ptr, rows + 2 * ROWS, rows + 2 * ROWS < end, cols, C)
         k = keys(x, first, key_scale_ptr, rows, end)
         if not OVERLAP:
-            v = value_rows(value_ptr, rows, k != 0.0, cols, mask, C)
-        total = tl.zeros((BLOCK,), tl.float32)
+            v = load_rows(value_ptr, rows, k != 0.0, cols, C)
+        total = zeros(BLOCK, REST)
         for _ in range(begin + 1, stop):
             rows += ROWS
-            later = tile(key_ptr, rows + 2 * ROWS, end, cols, mask, C)
+            later = load_rows(key_ptr, rows + AHEAD * ROWS, rows + AHEAD * ROWS < end, cols, C)
             k_next = keys(x, w, key_scale_ptr, rows, end)
-            v_next = value_rows(value_ptr, rows, k_next != 0.0, cols, mask, C)
-            total += tl.sum(v.to(tl.float32) * k[:, None], 0)
-            w = ahead
-            ahead = later
+            v_next = load_rows(value_ptr, rows, k_next != 0.0, cols, C)
+            total = plus_rows(total, v, k)
+            if AHEAD == 2:
+                w = ahead
+                ahead = later
+            else:
+                w = later
             v = v_next
             k = k_next
-        total += tl.sum(v.to(tl.float32) * k[:, None], 0)
-        tl.store(parts_ptr + (p * tl.num_programs(1) + b) * C + cols, total, mask=mask)
+        total = plus_rows(total, v, k)
+        store_row(parts_ptr + (p * tl.num_programs(1) + b) * C, total, cols, C)
     elif receptance_ptr is not None:
         begin, stop = share(p - KEYS, tl.num_programs(0) - KEYS, tl.cdiv(C, ROWS))
-        first, w = first_tiles(receptance_ptr, begin, stop, C, cols, mask, C, ROWS)
-        weight, bias = load_raw(weight_ptr, cols, mask), load_raw(bias_ptr, cols, mask)
-        maa, prev = load_raw(maa_r_ptr, cols, mask), load_raw(prev_ptr + b * C, cols, mask)
+        first, w = first_tiles(receptance_ptr, begin, stop, C, cols, C, ROWS)
+        weight, bias = load_row(weight_ptr, cols, C), load_row(bias_ptr, cols, C)
+        maa, prev = load_row(maa_r_ptr, cols, C), load_row(prev_ptr + b * C, cols, C)
         wait_for_earlier(OVERLAP)
-        x = norm_with(x_ptr + b * C, weight, bias, cols, mask, C)
-        x += (prev.to(tl.float32) - x) * maa.to(tl.float32)
+        x = norm_of(x_ptr + b * C, weight, bias, cols, C)
+        x = plus_product(x, minus(prev, x), maa)
         r_at = r_ptr + b * C
-        products(x, first, w, receptance_ptr, receptance_scale_ptr, 0, r_at, begin, stop, C, cols, mask, C, ROWS,
+        products(x, first, w, receptance_ptr, receptance_scale_ptr, 0, r_at, begin, stop, C, cols, C, ROWS,
                  "sigmoid")  # fmt: skip
 
 
@@ -127,14 +134,15 @@ def channel_mixing(
     key [F, C]; value [F, C], turned round, its scales of its columns; without a receptance [C, C] r is 1.
     """
     (B, C), F = x.shape, key.weight.shape[0]
-    keys, others = _programs(C, F, receptance is not None, tuning)
+    crowded = tuning.pieces(C)[1] > 0  # more registers a program, so three of them where there are four otherwise
+    fitting = replace(tuning, programs=tuning.programs * 3 // 4) if crowded else tuning
+    keys, others = _programs(C, F, receptance is not None, fitting)
     normed, full = torch.empty_like(x), torch.float32
     parts = x.new_empty(keys, B, C, dtype=full)
     r = None if receptance is None else x.new_empty(B, C, dtype=full)
-    registers = {"maxnreg": 128} if tuning.overlap and x.element_size() < 4 else {}  # as many programs as without it
     key_value_kernel[keys + others, B](
         x, prev, *norm, *maa, *key, *(receptance or (None, None)), value.weight, normed, parts, r, F, keys,
-        **{**Rows(C, F, tuning).options, **registers},
+        **Rows(C, F, tuning).options(x, 168 if crowded else 128),
     )  # fmt: skip
     cols, wide = min(tuning.part_cols, triton.next_power_of_2(C)), triton.next_power_of_2(keys)
     parts_kernel[triton.cdiv(C, cols), B](

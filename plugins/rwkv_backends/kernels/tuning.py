@@ -21,6 +21,10 @@ class Tuning:
     program is twice as large."""
     tile_rows: int = 2
     """Rows of a matrix that a program holds at once, each from end to end; it has asked for as many again, twice."""
+    pieces_from: int = 1 << 30
+    """Rows of so many columns, or more, are held as two pieces where that leaves fewer threads idle (`rows.py`)."""
+    warp_cols: int = 512
+    """Columns of a row that a warp holds, as far as programs may be that large."""
     value_rows: int = 32
     """Inputs of the value matrix that a program looks at together; those that are zero are not read."""
     value_cols: int = 128
@@ -42,10 +46,15 @@ class Tuning:
     state_cols: int = 32
     """Columns of a head's state that one program carries through a prompt: from 16 to the head size."""
 
-    @staticmethod
-    def warps(C: int) -> int:
-        """Of a program that holds rows of C columns: 16 of them to a thread, as far as programs may be that large."""
-        return max(1, min(8, (1 << (C - 1).bit_length()) // 512))
+    def pieces(self, C: int) -> tuple[int, int]:
+        """Powers of two that together hold C columns; the second may be 0."""
+        whole = 1 << (C - 1).bit_length()
+        rest = 1 << (C - whole // 2 - 1).bit_length()
+        return (whole // 2, rest) if self.pieces_from <= C and rest < whole // 2 else (whole, 0)
+
+    def warps(self, C: int) -> int:
+        """Of a program that holds rows of C columns: usually 16 to 24 of them a thread."""
+        return max(1, min(8, self.pieces(C)[0] // self.warp_cols))
 
     @property
     def launch(self) -> dict[str, Any]:
