@@ -35,7 +35,12 @@ pytestmark = [
     pytest.mark.skipif(interpreted(), reason="Triton's interpreter is on"),
 ]
 TOKENS = tokens_of(40)
-TUNINGS = [Tuning(), Tuning(key_value=True), Tuning(pieces_from=1), Tuning(key_value=True, pieces_from=2049)]
+TUNINGS = [
+    Tuning(),
+    Tuning(key_value=True, head_widens=True),
+    Tuning(pieces_from=1),
+    Tuning(key_value=True, pieces_from=2049),
+]
 EXACT = 1e-4
 """How far, by norm, two ways to compute in float32 may be apart."""
 

@@ -79,7 +79,7 @@ def forward(model: Model, tuning: Tuning) -> Forward:
                 return logits.unsqueeze(1) if every else logits
             x = x.view(B, T, -1)
             x = x if every else x[:, -1]
-            return linear(F.layer_norm(x, x.shape[-1:], *weights.ln_out), weights.head).float()
+            return mixing.head(F.layer_norm(x, x.shape[-1:], *weights.ln_out), weights.head, tuning)
 
     return run
 

@@ -33,6 +33,8 @@ class Tuning:
     """Whether the program that has an input of the value matrix goes on to that matrix itself (`ffn.py`)."""
     part_cols: int = 16
     """Outputs of which a program then adds up what those have."""
+    head_widens: bool = False
+    """Whether cuBLAS writes the logits of many rows as float32 itself, instead of a copy after it."""
     lerp_rows: int = 64
     """Tokens of one program that mixes inputs, where there are more than 16; half as many in float32."""
     lerp_cols: int = 64
