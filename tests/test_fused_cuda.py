@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,6 +35,11 @@ pytestmark = [
     pytest.mark.skipif(interpreted(), reason="Triton's interpreter is on"),
 ]
 TOKENS = tokens_of(40)
+TUNINGS = [
+    Tuning(),
+    Tuning(key_value=0, pieces_from=1, head_widens=True),
+    Tuning(key_value=1, ffn_pieces=False),
+]
 EXACT = 1e-4
 """How far, by norm, two ways to compute in float32 may be apart."""
 
@@ -91,30 +97,34 @@ def test_it_keeps_the_contract_of_a_backend(plugins: Plugins) -> None:
     check_backend(Fused(), [plugins.architectures.get(name) for name in FAMILIES], device="cuda")
 
 
+@pytest.mark.parametrize("tuning", TUNINGS, ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 4, 9])
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 @pytest.mark.usefixtures("poisoned")
 def test_captured_steps_say_what_plain_pytorch_says(
-    plugins: Plugins, tokenizer: Tokenizer, name: str, dtype: torch.dtype, rows: int
+    plugins: Plugins, tokenizer: Tokenizer, name: str, dtype: torch.dtype, rows: int, tuning: Tuning
 ) -> None:
     """With the sampler inside; the same at every run; seven layers, so that float16 halves the residual stream."""
     model, in_full = pair(plugins, dtype, name, layers=7)
     plain, exact = (forced(Engine(m, Eager(), Nucleus(), tokenizer, rows), TOKENS, rows) for m in (model, in_full))
-    engine = Engine(model, Fused(), Nucleus(), tokenizer, rows)
+    engine = Engine(model, Fused(tuning), Nucleus(), tokenizer, rows)
     first, second = (forced(engine, TOKENS, rows) for _ in range(2))
     assert bool(first.isfinite().all())
     no_further(first, plain, exact)
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("tuning", TUNINGS, ids=str)
 @pytest.mark.parametrize("embd", [2048, 2560, 4096])
 @pytest.mark.usefixtures("poisoned")
-def test_kernels_that_overlap_say_what_they_say_one_by_one(plugins: Plugins, tokenizer: Tokenizer, embd: int) -> None:
+def test_kernels_that_overlap_say_what_they_say_one_by_one(
+    plugins: Plugins, tokenizer: Tokenizer, embd: int, tuning: Tuning
+) -> None:
     """Through many steps, in which one that did not wait would show."""
     architecture = plugins.architectures.get("rwkv6")
     tensors = architecture.random(architecture.sizes(3, embd, VOCAB_SIZE, 64), dtype=torch.bfloat16)
     model = build_model(tensors, [architecture], torch.device("cuda"))
-    engines = [Engine(model, Fused(Tuning(overlap=on)), Nucleus(), tokenizer) for on in (False, True)]
+    engines = [Engine(model, Fused(replace(tuning, overlap=on)), Nucleus(), tokenizer) for on in (False, True)]
     apart, overlapping = (forced(engine, tokens_of(300), 1) for engine in engines)
     assert bool(apart.isfinite().all())
     assert torch.equal(apart, overlapping)
@@ -231,20 +241,3 @@ def test_a_capture_leaves_its_buffers_as_they_were() -> None:
     replay()
     replay()
     assert total.tolist() == [3, 3, 3]
-
-
-def test_products_beside_others_say_what_they_say_one_by_one(plugins: Plugins) -> None:
-    """As kernels and as a graph, through many layers, in which one that did not wait would show."""
-    architecture = plugins.architectures.get("rwkv6")
-    tensors = architecture.random(architecture.sizes(6, 1024, VOCAB_SIZE, 64), dtype=torch.bfloat16)
-    model = build_model(tensors, [architecture], torch.device("cuda"))
-    results = []
-    for on in (False, True):
-        forward = Fused(Tuning(beside=on)).forward(model)
-        assert isinstance(forward, CapturedPrompts)
-        tokens = torch.tensor([tokens_of(forward.length)], device="cuda")
-        for run in (forward, forward.forward):
-            state = model.new_state()
-            results.append((run(tokens, state), *state.tensors.values()))
-    for other in results[1:]:
-        assert all(map(torch.equal, results[0], other))

@@ -6,11 +6,14 @@ Triton reads TRITON_INTERPRET when it is imported, and then neither compiles for
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from drawn import TUNING
 from rwkv_backends.fused import interpreted
+from rwkv_backends.kernels.tuning import Tuning
 
 collect_ignore_glob = [] if interpreted() else ["test_*.py"]
 
@@ -39,3 +42,19 @@ def poisoned() -> Iterator[None]:
     assert bool(torch.empty(3).isnan().all())
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(params=[False, True], ids=["dense", "int8"])
+def int8(request: pytest.FixtureRequest) -> bool:
+    return request.param
+
+
+@pytest.fixture(params=[False, True], ids=["whole", "pieces"])
+def tuning(request: pytest.FixtureRequest) -> Tuning:
+    """Rows held as one piece and as two: 32 and 8 of 40 columns."""
+    return replace(TUNING, pieces_from=1) if request.param else TUNING

@@ -5,80 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import apart
+from drawn import TUNING, B, C, D, Draw, R, V, close, normed, shifted, stored
 from rwkv_backends.kernels import mixing, sparse, vector, wkv6
 from rwkv_backends.kernels.tuning import Tuning
 from rwkv_layers.linear import Matrix
-from rwkv_layers.matrices import quantize
 from torch import Tensor
 
-TUNING = Tuning(
-    overlap=False,
-    programs=3,
-    tile_rows=4,
-    value_rows=16,
-    value_cols=32,
-    lerp_rows=32,
-    lerp_cols=32,
-    lerp_split=20,
-)
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.02}
-B, C, V, R, D = 2, 40, 37, 5, 9  # C and the rest are no powers of two
 WIDTH = 70  # of the channel mixing
+
 DECAYS = {"usual": (-3.0, 0.5), "strong": (2.0, 3.0), "dead": (5.0, 80.0), "weak": (-30.0, -10.0), "all": (-20.0, 6.0)}
 """log w = -e^x for x between these."""
-
-
-@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    return request.param
-
-
-class Draw:
-    """Random tensors, the same at every run."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype, self.generator = dtype, torch.Generator().manual_seed(0)
-
-    def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.randn(shape, generator=self.generator).to(dtype or self.dtype)
-
-    def matrix(self, rows: int, cols: int) -> Tensor:
-        """What makes of numbers of about 1 others of about 1."""
-        return (torch.randn((rows, cols), generator=self.generator) / cols**0.5).to(self.dtype)
-
-    def norm(self) -> tuple[Tensor, Tensor]:
-        return self(C), self(C)
-
-
-@pytest.fixture(params=[False, True], ids=["dense", "int8"])
-def int8(request: pytest.FixtureRequest) -> bool:
-    return request.param
-
-
-def stored(weight: Tensor, int8: bool) -> tuple[Matrix, Tensor]:
-    """A matrix [D, C], or several, as the model holds it, and what it stands for in float64."""
-    if not int8:
-        return Matrix(weight, None), weight.double()
-    values, scale = quantize(weight.float().flatten(0, -2))
-    values, scale = values.view(weight.shape), scale.view(weight.shape[:-1])
-    return Matrix(values, scale), values.double() * scale.double().unsqueeze(-1)
-
-
-def normed(x: Tensor, norm: tuple[Tensor, Tensor]) -> Tensor:
-    """Layer norm in float64, rounded as the model keeps it."""
-    return F.layer_norm(x.double(), [C], norm[0].double(), norm[1].double()).to(x.dtype).double()
-
-
-def shifted(x: Tensor, prev: Tensor, T: int) -> Tensor:
-    """What each row of [B*T, C] sees of the one before it, minus itself."""
-    by_row = x.view(-1, T, C)
-    return (torch.cat([prev.double().unsqueeze(1), by_row[:, :-1]], 1) - by_row).view(-1, C)
-
-
-def close(dtype: torch.dtype, *pairs: tuple[Tensor, Tensor]) -> None:
-    for ours, theirs in pairs:
-        assert apart(ours, theirs) < TOLERANCE[dtype]
 
 
 def test_embed(dtype: torch.dtype) -> None:
@@ -87,10 +23,10 @@ def test_embed(dtype: torch.dtype) -> None:
     close(dtype, (mixing.embed(tokens, emb, norm, TUNING), normed(emb[tokens], norm)))
 
 
-def test_shift_lora(dtype: torch.dtype) -> None:
+def test_shift_lora(dtype: torch.dtype, tuning: Tuning) -> None:
     draw = Draw(dtype)
     x, prev, norm, maa, w = draw(B, C), draw(B, C), draw.norm(), draw(C), draw.matrix(5 * R, C)
-    ours = vector.shift_lora(x, prev, norm, maa, w, TUNING)
+    ours = vector.shift_lora(x, prev, norm, maa, w, tuning)
     e = normed(x, norm)
     dx = shifted(e, prev, 1)
     close(dtype, *zip(ours, (e, dx, (e + dx * maa.double()) @ w.double().t()), strict=True))
@@ -124,21 +60,21 @@ def test_lerps_of_few_rows(dtype: torch.dtype) -> None:
     assert torch.equal(prev, e)
 
 
-def test_kvrg(dtype: torch.dtype, int8: bool) -> None:
+def test_kvrg(dtype: torch.dtype, int8: bool, tuning: Tuning) -> None:
     draw = Draw(dtype)
     mixed, low = draw(5, B, C), draw.matrix(D, C)
     matrices, w = stored(draw(4, C, C), int8)
-    ours = vector.kvrg(mixed, matrices, low, TUNING)
+    ours = vector.kvrg(mixed, matrices, low, tuning)
     twins = torch.bmm(mixed[1:].double(), w.transpose(1, 2)), mixed[0].double() @ low.double().t()
     close(dtype, *zip(ours, twins, strict=True))
 
 
-def test_add_product(dtype: torch.dtype, int8: bool) -> None:
+def test_add_product(dtype: torch.dtype, int8: bool, tuning: Tuning) -> None:
     draw = Draw(dtype)
     x, y = draw(B, C), draw(B, C)
     matrix, w = stored(draw.matrix(C, C), int8)
     twin = x.double() + y.double() @ w.t()
-    vector.add_product(y, matrix, x, TUNING)
+    vector.add_product(y, matrix, x, tuning)
     close(dtype, (x, twin))
 
 
@@ -165,14 +101,14 @@ def test_relu_squared(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_channel_mixing_of_few_rows(dtype: torch.dtype, share: float, int8: bool) -> None:
+def test_channel_mixing_of_few_rows(dtype: torch.dtype, share: float, int8: bool, tuning: Tuning) -> None:
     """Whatever share of the inputs of the value matrix is zero."""
     draw = Draw(dtype)
     x, prev, norm, maa_k, maa_r = draw(B, C), draw(B, C), draw.norm(), draw(C), draw(C)
     (key, key_w), (receptance, receptance_w) = (stored(draw.matrix(rows, C), int8) for rows in (WIDTH, C))
     (value, scale), value_w = stored(draw(C, WIDTH), int8)
     kept = (torch.rand(WIDTH, generator=draw.generator) >= share).to(dtype)
-    ours = vector.key_receptance(x, prev, norm, (maa_k, maa_r), key, receptance, TUNING)
+    ours = vector.key_receptance(x, prev, norm, (maa_k, maa_r), key, receptance, tuning)
     e = normed(x, norm)
     dx = shifted(e, prev, 1)
     k = torch.relu((e + dx * maa_k.double()) @ key_w.t()) ** 2
@@ -182,8 +118,8 @@ def test_channel_mixing_of_few_rows(dtype: torch.dtype, share: float, int8: bool
     last, k, r = ours
     k *= kept
     twin = (x.double() + r.double() * (k.double() @ value_w.t())) * 0.5
-    arrived = sparse.arrivals(x, C, TUNING)
-    sparse.add_value(k, r, Matrix(value.t().contiguous(), scale), last, x, prev, 0.5, arrived, TUNING)
+    arrived = sparse.arrivals(x, C, tuning)
+    sparse.add_value(k, r, Matrix(value.t().contiguous(), scale), last, x, prev, 0.5, arrived, tuning)
     close(dtype, (x, twin))
     assert not arrived.any()
     assert torch.equal(prev, last)
@@ -200,11 +136,11 @@ def test_weights_of_zero_inputs_are_not_read() -> None:
     assert bool(x.isfinite().all())
 
 
-def test_head(dtype: torch.dtype, int8: bool) -> None:
+def test_head(dtype: torch.dtype, int8: bool, tuning: Tuning) -> None:
     draw = Draw(dtype)
     x, norm = draw(B, C), draw.norm()
     matrix, w = stored(draw.matrix(V, C), int8)
-    ours = vector.head(x, norm, matrix, TUNING)
+    ours = vector.head(x, norm, matrix, tuning)
     assert ours.dtype == torch.float32
     close(dtype, (ours, normed(x, norm) @ w.t()))
 

@@ -41,24 +41,12 @@ def tanh(x):
 @triton.jit
 def norm_row(x_ptr, weight_ptr, bias_ptr, cols, mask, C: tl.constexpr):
     """Layer norm of the row of C at x_ptr, float32, rounded as the model keeps it: the state holds the same."""
-    weight, bias = load_raw(weight_ptr, cols, mask), load_raw(bias_ptr, cols, mask)
-    return norm_with(x_ptr, weight, bias, cols, mask, C)
-
-
-@triton.jit
-def norm_with(x_ptr, weight, bias, cols, mask, C: tl.constexpr):
-    """The same with weights that have been read."""
+    weight, bias = load_vector(weight_ptr, cols, mask), load_vector(bias_ptr, cols, mask)
     x = load_vector(x_ptr, cols, mask)
     apart = tl.where(mask, x - tl.sum(x, 0) / C, 0.0)
     scale = tl.rsqrt(tl.sum(apart * apart, 0) / C + 1e-5)
-    y = apart * scale * weight.to(tl.float32) + bias.to(tl.float32)
+    y = apart * scale * weight + bias
     return y.to(x_ptr.dtype.element_ty).to(tl.float32)
-
-
-@triton.jit
-def load_raw(ptr, cols, mask):
-    """As it is stored: what waits in registers should be small."""
-    return tl.load(ptr + cols, mask=mask, other=0.0)
 
 
 @triton.jit

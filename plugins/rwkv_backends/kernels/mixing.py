@@ -7,6 +7,7 @@ another length of prompt compiles nothing. Annotations are real types, not strin
 import torch
 import triton
 import triton.language as tl
+from rwkv_layers.linear import Matrix, linear
 from torch import Tensor
 
 from rwkv_backends.kernels.device import let_next_begin, load_vector, norm_row, store, tanh, wait_for_earlier
@@ -202,3 +203,11 @@ def gate(r: Tensor | None, v: Tensor, last: Tensor, x: Tensor, prev: Tensor, T: 
     """x = (x + sigmoid(r) v) scale, all [M, C] (without r: x + v), and prev = last [B, C]."""
     M, C = x.shape
     gate_kernel[M,](r, v, last, x, prev, T, scale, **across(C))
+
+
+def head(x: Tensor, w: Matrix, tuning: Tuning) -> Tensor:
+    """x [..., C], w [V, C] -> float32 [..., V]."""
+    if tuning.head_widens and x.is_cuda and w.scale is None and x.dtype != torch.float32:
+        logits = torch.mm(x.reshape(-1, x.shape[-1]), w.weight.t(), out_dtype=torch.float32)
+        return logits.view(*x.shape[:-1], -1)
+    return linear(x, w).float()

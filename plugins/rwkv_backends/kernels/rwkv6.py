@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,8 +10,8 @@ from rwkv_layers.linear import Matrix, dense, linear, linears
 from rwkv_layers.rwkv6 import RESCALE_EVERY, Block, Weights
 from torch import Tensor
 
-from rwkv_backends.beside import Beside
 from rwkv_backends.kernels import mixing, spans6, sparse, vector, wkv6
+from rwkv_backends.kernels.ffn import channel_mixing
 from rwkv_backends.kernels.tuning import Tuning
 from rwkv_runtime import Forward, Model, State
 
@@ -42,14 +41,13 @@ def forward(model: Model, tuning: Tuning) -> Forward:
     """The forward pass of a model; see `Forward` for what it takes."""
     weights: Weights = model.weights
     layers = pack(weights, tuning)
-    beside, alone = (Beside(model.device, on) for on in (tuning.beside, False))
 
     def run(tokens: Tensor, state: State, every: bool = False) -> Tensor:
         B, T = tokens.shape
         with torch.cuda.device_of(tokens):
             x = mixing.embed(tokens.flatten().contiguous(), weights.emb, weights.ln0, tuning)
             few = T == 1 and tuning.vector_rows >= B
-            layer = _few if few else partial(_many, beside=alone if T == 1 else beside)
+            layer = _few if few else _many
             # One layer of a state is contiguous, whichever of its rows a view has; the engine moves rows so that
             # those at work are always the first: no kernel needs to be told which they are.
             for i, weight in enumerate(layers):
@@ -59,7 +57,7 @@ def forward(model: Model, tuning: Tuning) -> Forward:
                 return logits.unsqueeze(1) if every else logits
             x = x.view(B, T, -1)
             x = x if every else x[:, -1]
-            return linear(F.layer_norm(x, x.shape[-1:], *weights.ln_out), weights.head).float()
+            return mixing.head(F.layer_norm(x, x.shape[-1:], *weights.ln_out), weights.head, tuning)
 
     return run
 
@@ -74,23 +72,23 @@ def _few(x: Tensor, att_x: Tensor, att_kv: Tensor, ffn_x: Tensor, layer: Layer, 
     out = wkv6.wkv(kvrg, low, att.decay_w2, att.decay, att.bonus, norm, att_kv, x, tuning)
     vector.add_product(out, att.output, x, tuning)
     maa = ffn.maa_k, ffn.maa_r
-    normed, k, r = vector.key_receptance(x, ffn_x, layer.block.ln2, maa, ffn.key, ffn.receptance, tuning)
-    sparse.add_value(k, r, layer.value, normed, x, ffn_x, layer.scale, layer.arrived, tuning)
+    if tuning.joins(x.shape[1]):
+        matrices = ffn.key, ffn.receptance, layer.value
+        channel_mixing(x, ffn_x, layer.block.ln2, maa, *matrices, layer.scale, tuning)
+    else:
+        normed, k, r = vector.key_receptance(x, ffn_x, layer.block.ln2, maa, ffn.key, ffn.receptance, tuning)
+        sparse.add_value(k, r, layer.value, normed, x, ffn_x, layer.scale, layer.arrived, tuning)
 
 
-def _many(
-    x: Tensor, att_x: Tensor, att_kv: Tensor, ffn_x: Tensor, layer: Layer, tuning: Tuning, beside: Beside
-) -> None:
+def _many(x: Tensor, att_x: Tensor, att_kv: Tensor, ffn_x: Tensor, layer: Layer, tuning: Tuning) -> None:
     """Any number of rows and tokens: x [B*T, C] and the state of the layer are updated in place."""
     att, ffn = layer.block.att, layer.block.ffn
     T = len(x) // len(att_x)
     normed, dx, first = mixing.shift(x, att_x, layer.block.ln1, att.maa_x, T)
     lora = dense(first.to(att.maa_w1.dtype), att.maa_w1)  # on a CPU the adapters are float32
     mixed = mixing.lerps(lora, normed, dx, att.maa_w2, att_x, T, tuning)
-    with beside.started():
-        low = dense(mixed[0].to(att.decay_w1.dtype), att.decay_w1)
+    low = dense(mixed[0].to(att.decay_w1.dtype), att.decay_w1)
     kvrg = linears(mixed[1:], att.kvrg)
-    beside.done()
     norm = att.ln_x_weight, att.ln_x_bias
     wkv = wkv6.wkv if T == 1 else spans6.wkv
     out = wkv(kvrg, low, att.decay_w2, att.decay, att.bonus, norm, att_kv, x, tuning)
@@ -100,8 +98,6 @@ def _many(
         x.add_(linear(out, att.output))
     maa = ffn.maa_k, ffn.maa_r
     key, receptance, last = mixing.shift_two(x, ffn_x, layer.block.ln2, maa, T)
-    with beside.started():
-        r = linear(receptance, ffn.receptance)
+    r = linear(receptance, ffn.receptance)
     v = linear(mixing.relu_squared(linear(key, ffn.key)), ffn.value)
-    beside.done()
     mixing.gate(r, v, last, x, ffn_x, T, layer.scale)

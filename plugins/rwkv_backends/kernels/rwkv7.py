@@ -11,6 +11,7 @@ from rwkv_layers.rwkv7 import Adapter, Block, TimeMixing, Weights
 from torch import Tensor
 
 from rwkv_backends.kernels import chunk7, mixing, sparse, vector, vector7, wkv7
+from rwkv_backends.kernels.ffn import channel_mixing
 from rwkv_backends.kernels.tuning import Tuning
 from rwkv_backends.kernels.wkv7 import Heads, Ups
 from rwkv_runtime import Forward, Model, State
@@ -78,7 +79,7 @@ def forward(model: Model, tuning: Tuning) -> Forward:
                 return logits.unsqueeze(1) if every else logits
             x = x.view(B, T, -1)
             x = x if every else x[:, -1]
-            return linear(F.layer_norm(x, x.shape[-1:], *weights.ln_out), weights.head).float()
+            return mixing.head(F.layer_norm(x, x.shape[-1:], *weights.ln_out), weights.head, tuning)
 
     return run
 
@@ -90,8 +91,12 @@ def _few(x: Tensor, att_x: Tensor, att_kv: Tensor, ffn_x: Tensor, first: Tensor,
     normed, rkv, low = vector7.rkv(x, att_x, layer.block.ln1, layer.mu, matrices, layer.down, layer.which, tuning)
     out = wkv7.step(rkv, low, layer.ups, layer.heads, first, att_kv, x, tuning, (normed, att_x))
     vector.add_product(out, att.output, x, tuning)
-    normed, k = vector.key_alone(x, ffn_x, layer.block.ln2, ffn.shift, ffn.key, tuning)
-    sparse.add_value(k, None, layer.value, normed, x, ffn_x, 1.0, layer.arrived, tuning)
+    if tuning.joins(x.shape[1]):
+        maa = ffn.shift, None
+        channel_mixing(x, ffn_x, layer.block.ln2, maa, ffn.key, None, layer.value, 1.0, tuning)
+    else:
+        normed, k = vector.key_alone(x, ffn_x, layer.block.ln2, ffn.shift, ffn.key, tuning)
+        sparse.add_value(k, None, layer.value, normed, x, ffn_x, 1.0, layer.arrived, tuning)
 
 
 def _many(x: Tensor, att_x: Tensor, att_kv: Tensor, ffn_x: Tensor, first: Tensor, layer: Layer, tuning: Tuning) -> None:

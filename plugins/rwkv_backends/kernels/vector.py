@@ -7,43 +7,38 @@ it has ended. Sums are float32; weights of 8 bits are read as they are.
 Annotations are real types, not strings: Triton reads them.
 """
 
-from typing import Any, NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from rwkv_layers.linear import Matrix
 from torch import Tensor
 
-from rwkv_backends.kernels.device import (
-    let_next_begin,
-    load_raw,
-    load_vector,
-    norm_with,
-    share,
-    store,
-    tanh,
-    wait_for_earlier,
+from rwkv_backends.kernels.device import let_next_begin, load_vector, share, store, tanh, wait_for_earlier
+from rwkv_backends.kernels.rows import (
+    Rows,
+    columns,
+    load_row,
+    load_rows,
+    minus,
+    norm_of,
+    plus_product,
+    store_row,
+    times,
+    widened,
 )
 from rwkv_backends.kernels.tuning import Tuning
 
 
 @triton.jit
-def tile(w_ptr, rows, end, cols, mask, C: tl.constexpr):
-    """Rows of a matrix of C columns, zero from row `end` on."""
-    return tl.load(w_ptr + rows[:, None] * C + cols[None, :], mask=(rows < end)[:, None] & mask[None, :], other=0.0)
-
-
-@triton.jit
-def first_tiles(w_ptr, begin, stop, D, cols, mask, C: tl.constexpr, ROWS: tl.constexpr):
+def first_tiles(w_ptr, begin, stop, D, cols, C: tl.constexpr, ROWS: tl.constexpr):
     """The first two tiles of those from `begin` to `stop` of a matrix of D rows."""
     rows = begin * ROWS + tl.arange(0, ROWS)
     end = tl.minimum(stop * ROWS, D)
-    return tile(w_ptr, rows, end, cols, mask, C), tile(w_ptr, rows + ROWS, end, cols, mask, C)
+    return load_rows(w_ptr, rows, rows < end, cols, C), load_rows(w_ptr, rows + ROWS, rows + ROWS < end, cols, C)
 
 
 @triton.jit
-def products(x, w, ahead, w_ptr, scale_ptr, scale_at, out_ptr, begin, stop, D, cols, mask, C: tl.constexpr,
+def products(x, w, ahead, w_ptr, scale_ptr, scale_at, out_ptr, begin, stop, D, cols, C: tl.constexpr,
              ROWS: tl.constexpr, THEN: tl.constexpr):  # fmt: skip
     """out[d] = THEN(W[d] x), for the rows of the tiles from `begin` to `stop`; w and ahead are the first two.
 
@@ -52,8 +47,8 @@ def products(x, w, ahead, w_ptr, scale_ptr, scale_at, out_ptr, begin, stop, D, c
     end = tl.minimum(stop * ROWS, D)
     for i in range(begin, stop):
         rows = i * ROWS + tl.arange(0, ROWS)
-        later = tile(w_ptr, rows + 2 * ROWS, end, cols, mask, C)
-        y = tl.sum(w.to(tl.float32) * x[None, :], 1)
+        later = load_rows(w_ptr, rows + 2 * ROWS, rows + 2 * ROWS < end, cols, C)
+        y = times(w, x)
         if scale_ptr is not None:
             y *= tl.load(scale_ptr + scale_at + rows, mask=rows < end, other=0.0)
         if THEN == "relu squared":
@@ -70,24 +65,23 @@ def products(x, w, ahead, w_ptr, scale_ptr, scale_at, out_ptr, begin, stop, D, c
 
 @triton.jit
 def shift_lora_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_ptr, w_ptr, normed_ptr, dx_ptr, out_ptr,
-                      D, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+                      D, C: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr,
                       OVERLAP: tl.constexpr):  # fmt: skip
     let_next_begin(OVERLAP)
     b = tl.program_id(1)
     begin, stop = share(tl.program_id(0), tl.num_programs(0), tl.cdiv(D, ROWS))
-    cols = tl.arange(0, BLOCK)
-    mask = cols < C
-    w, ahead = first_tiles(w_ptr, begin, stop, D, cols, mask, C, ROWS)
-    weight, bias = load_raw(weight_ptr, cols, mask), load_raw(bias_ptr, cols, mask)
-    maa, prev = load_raw(maa_ptr, cols, mask), load_raw(prev_ptr + b * C, cols, mask)
+    cols = columns(BLOCK, REST)
+    w, ahead = first_tiles(w_ptr, begin, stop, D, cols, C, ROWS)
+    weight, bias = load_row(weight_ptr, cols, C), load_row(bias_ptr, cols, C)
+    maa, prev = load_row(maa_ptr, cols, C), load_row(prev_ptr + b * C, cols, C)
     wait_for_earlier(OVERLAP)
-    x = norm_with(x_ptr + b * C, weight, bias, cols, mask, C)
-    dx = prev.to(tl.float32) - x
+    x = norm_of(x_ptr + b * C, weight, bias, cols, C)
+    dx = minus(prev, x)
     if tl.program_id(0) == 0:
-        store(normed_ptr + b * C + cols, x, mask)
-        store(dx_ptr + b * C + cols, dx, mask)
-    x += dx * maa.to(tl.float32)
-    products(x, w, ahead, w_ptr, None, 0, out_ptr + b * D, begin, stop, D, cols, mask, C, ROWS, "")
+        store_row(normed_ptr + b * C, x, cols, C)
+        store_row(dx_ptr + b * C, dx, cols, C)
+    x = plus_product(x, dx, maa)
+    products(x, w, ahead, w_ptr, None, 0, out_ptr + b * D, begin, stop, D, cols, C, ROWS, "")
 
 
 @triton.jit
@@ -112,111 +106,86 @@ def lerp_kernel(lora_ptr, normed_ptr, dx_ptr, w_ptr, out_ptr, prev_ptr, B, R: tl
 
 @triton.jit
 def kvrg_kernel(mixed_ptr, kvrg_ptr, scale_ptr, low_ptr, kvrg_out, low_out, B, D, PER, C: tl.constexpr,
-                BLOCK: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                BLOCK: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     let_next_begin(OVERLAP)
     b = tl.program_id(1)
     part = tl.program_id(0) // PER  # of k, v, r, g, then the decay's adapter
-    cols = tl.arange(0, BLOCK)
-    mask = cols < C
+    cols = columns(BLOCK, REST)
     if part < 4:
         w_ptr = kvrg_ptr + part * C * C
         begin, stop = share(tl.program_id(0) - part * PER, PER, tl.cdiv(C, ROWS))
-        w, ahead = first_tiles(w_ptr, begin, stop, C, cols, mask, C, ROWS)
+        w, ahead = first_tiles(w_ptr, begin, stop, C, cols, C, ROWS)
         wait_for_earlier(OVERLAP)
-        x = load_vector(mixed_ptr + ((part + 1) * B + b) * C, cols, mask)
+        x = widened(load_row(mixed_ptr + ((part + 1) * B + b) * C, cols, C))
         out_ptr = kvrg_out + (part * B + b) * C
-        products(x, w, ahead, w_ptr, scale_ptr, part * C, out_ptr, begin, stop, C, cols, mask, C, ROWS, "")
+        products(x, w, ahead, w_ptr, scale_ptr, part * C, out_ptr, begin, stop, C, cols, C, ROWS, "")
     else:
         begin, stop = share(tl.program_id(0) - 4 * PER, tl.num_programs(0) - 4 * PER, tl.cdiv(D, ROWS))
-        low, low_ahead = first_tiles(low_ptr, begin, stop, D, cols, mask, C, ROWS)
+        low, low_ahead = first_tiles(low_ptr, begin, stop, D, cols, C, ROWS)
         wait_for_earlier(OVERLAP)
-        x = load_vector(mixed_ptr + b * C, cols, mask)
-        products(x, low, low_ahead, low_ptr, None, 0, low_out + b * D, begin, stop, D, cols, mask, C, ROWS, "")
+        x = widened(load_row(mixed_ptr + b * C, cols, C))
+        products(x, low, low_ahead, low_ptr, None, 0, low_out + b * D, begin, stop, D, cols, C, ROWS, "")
 
 
 @triton.jit
-def add_kernel(y_ptr, w_ptr, scale_ptr, x_ptr, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-               OVERLAP: tl.constexpr):  # fmt: skip
+def add_kernel(y_ptr, w_ptr, scale_ptr, x_ptr, C: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
+               ROWS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     let_next_begin(OVERLAP)
     b = tl.program_id(1)
     begin, stop = share(tl.program_id(0), tl.num_programs(0), tl.cdiv(C, ROWS))
-    cols = tl.arange(0, BLOCK)
-    mask = cols < C
-    w, ahead = first_tiles(w_ptr, begin, stop, C, cols, mask, C, ROWS)
+    cols = columns(BLOCK, REST)
+    w, ahead = first_tiles(w_ptr, begin, stop, C, cols, C, ROWS)
     wait_for_earlier(OVERLAP)
-    y = load_vector(y_ptr + b * C, cols, mask)
-    products(y, w, ahead, w_ptr, scale_ptr, 0, x_ptr + b * C, begin, stop, C, cols, mask, C, ROWS, "add")
+    y = widened(load_row(y_ptr + b * C, cols, C))
+    products(y, w, ahead, w_ptr, scale_ptr, 0, x_ptr + b * C, begin, stop, C, cols, C, ROWS, "add")
 
 
 @triton.jit
 def key_receptance_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_k_ptr, maa_r_ptr, key_ptr, key_scale_ptr,
                           receptance_ptr, receptance_scale_ptr, normed_ptr, k_ptr, r_ptr, F, KEYS, C: tl.constexpr,
-                          BLOCK: tl.constexpr, ROWS: tl.constexpr,
+                          BLOCK: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr,
                           OVERLAP: tl.constexpr):  # fmt: skip
     let_next_begin(OVERLAP)
     b = tl.program_id(1)
-    cols = tl.arange(0, BLOCK)
-    mask = cols < C
+    cols = columns(BLOCK, REST)
     if tl.program_id(0) < KEYS:
         begin, stop = share(tl.program_id(0), KEYS, tl.cdiv(F, ROWS))
-        w, ahead = first_tiles(key_ptr, begin, stop, F, cols, mask, C, ROWS)
-        weight, bias = load_raw(weight_ptr, cols, mask), load_raw(bias_ptr, cols, mask)
-        maa, prev = load_raw(maa_k_ptr, cols, mask), load_raw(prev_ptr + b * C, cols, mask)
+        w, ahead = first_tiles(key_ptr, begin, stop, F, cols, C, ROWS)
+        weight, bias = load_row(weight_ptr, cols, C), load_row(bias_ptr, cols, C)
+        maa, prev = load_row(maa_k_ptr, cols, C), load_row(prev_ptr + b * C, cols, C)
         wait_for_earlier(OVERLAP)
-        x = norm_with(x_ptr + b * C, weight, bias, cols, mask, C)
+        x = norm_of(x_ptr + b * C, weight, bias, cols, C)
         if tl.program_id(0) == 0:
-            store(normed_ptr + b * C + cols, x, mask)
-        x += (prev.to(tl.float32) - x) * maa.to(tl.float32)
+            store_row(normed_ptr + b * C, x, cols, C)
+        x = plus_product(x, minus(prev, x), maa)
         k_at = k_ptr + b * F
-        products(x, w, ahead, key_ptr, key_scale_ptr, 0, k_at, begin, stop, F, cols, mask, C, ROWS, "relu squared")
+        products(x, w, ahead, key_ptr, key_scale_ptr, 0, k_at, begin, stop, F, cols, C, ROWS, "relu squared")
     elif receptance_ptr is not None:
         begin, stop = share(tl.program_id(0) - KEYS, tl.num_programs(0) - KEYS, tl.cdiv(C, ROWS))
-        w, ahead = first_tiles(receptance_ptr, begin, stop, C, cols, mask, C, ROWS)
-        weight, bias = load_raw(weight_ptr, cols, mask), load_raw(bias_ptr, cols, mask)
-        maa, prev = load_raw(maa_r_ptr, cols, mask), load_raw(prev_ptr + b * C, cols, mask)
+        w, ahead = first_tiles(receptance_ptr, begin, stop, C, cols, C, ROWS)
+        weight, bias = load_row(weight_ptr, cols, C), load_row(bias_ptr, cols, C)
+        maa, prev = load_row(maa_r_ptr, cols, C), load_row(prev_ptr + b * C, cols, C)
         wait_for_earlier(OVERLAP)
-        x = norm_with(x_ptr + b * C, weight, bias, cols, mask, C)
-        x += (prev.to(tl.float32) - x) * maa.to(tl.float32)
+        x = norm_of(x_ptr + b * C, weight, bias, cols, C)
+        x = plus_product(x, minus(prev, x), maa)
         r_at = r_ptr + b * C
-        products(x, w, ahead, receptance_ptr, receptance_scale_ptr, 0, r_at, begin, stop, C, cols, mask, C, ROWS,
+        products(x, w, ahead, receptance_ptr, receptance_scale_ptr, 0, r_at, begin, stop, C, cols, C, ROWS,
                  "sigmoid")  # fmt: skip
 
 
 @triton.jit
 def head_kernel(x_ptr, weight_ptr, bias_ptr, w_ptr, scale_ptr, out_ptr, V, C: tl.constexpr, BLOCK: tl.constexpr,
-                ROWS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                REST: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     let_next_begin(OVERLAP)
     b = tl.program_id(1)
     begin, stop = share(tl.program_id(0), tl.num_programs(0), tl.cdiv(V, ROWS))
-    cols = tl.arange(0, BLOCK)
-    mask = cols < C
-    w, ahead = first_tiles(w_ptr, begin, stop, V, cols, mask, C, ROWS)
-    weight, bias = load_raw(weight_ptr, cols, mask), load_raw(bias_ptr, cols, mask)
+    cols = columns(BLOCK, REST)
+    w, ahead = first_tiles(w_ptr, begin, stop, V, cols, C, ROWS)
+    weight, bias = load_row(weight_ptr, cols, C), load_row(bias_ptr, cols, C)
     wait_for_earlier(OVERLAP)
-    x = norm_with(x_ptr + b * C, weight, bias, cols, mask, C)
+    x = norm_of(x_ptr + b * C, weight, bias, cols, C)
     out_at = out_ptr + b.to(tl.int64) * V
-    products(x, w, ahead, w_ptr, scale_ptr, 0, out_at, begin, stop, V, cols, mask, C, ROWS, "")
-
-
-class Rows(NamedTuple):
-    """How the rows of matrices of C columns are shared among programs."""
-
-    C: int
-    total: int  # rows of all of them
-    tuning: Tuning
-
-    def programs(self, rows: int) -> int:
-        """How many take so many of the rows."""
-        tiles = int(triton.cdiv(rows, self.tuning.tile_rows))
-        programs = self.tuning.programs * 4 // max(4, self.tuning.warps(self.C))
-        return max(1, min(tiles, round(programs * rows / self.total)))
-
-    @property
-    def options(self) -> dict[str, Any]:
-        sizes = {"C": self.C, "BLOCK": triton.next_power_of_2(self.C), "ROWS": self.tuning.tile_rows}
-        # Left to itself, ptxas stops at 80 registers in some of the kernels and spills.
-        registers = {"maxnreg": 255} if self.tuning.overlap else {}
-        return {**sizes, "num_warps": self.tuning.warps(self.C), **registers, **self.tuning.launch}
+    products(x, w, ahead, w_ptr, scale_ptr, 0, out_at, begin, stop, V, cols, C, ROWS, "")
 
 
 def shift_lora(
@@ -227,7 +196,7 @@ def shift_lora(
     normed, dx, out = torch.empty_like(x), torch.empty_like(x), x.new_empty(B, D, dtype=torch.float32)
     rows = Rows(C, D, tuning)
     grid = (rows.programs(D), B)
-    shift_lora_kernel[grid](x, prev, *norm, maa, w, normed, dx, out, D, **rows.options)
+    shift_lora_kernel[grid](x, prev, *norm, maa, w, normed, dx, out, D, **rows.options(x))
     return normed, dx, out
 
 
@@ -247,7 +216,7 @@ def kvrg(mixed: Tensor, w: Matrix, low: Tensor, tuning: Tuning) -> tuple[Tensor,
     out, low_out = mixed.new_empty(4, B, C, dtype=torch.float32), mixed.new_empty(B, D, dtype=torch.float32)
     rows = Rows(C, 4 * C, tuning)
     per = rows.programs(C)
-    kvrg_kernel[4 * per + rows.programs(D), B](mixed, *w, low, out, low_out, B, D, per, **rows.options)
+    kvrg_kernel[4 * per + rows.programs(D), B](mixed, *w, low, out, low_out, B, D, per, **rows.options(mixed))
     return out, low_out
 
 
@@ -255,7 +224,7 @@ def add_product(y: Tensor, w: Matrix, x: Tensor, tuning: Tuning) -> None:
     """x += W y, for y, x [B, C] and w [C, C]."""
     B, C = x.shape
     rows = Rows(C, C, tuning)
-    add_kernel[rows.programs(C), B](y, *w, x, **rows.options)
+    add_kernel[rows.programs(C), B](y, *w, x, **rows.options(x))
 
 
 def key_receptance(
@@ -271,7 +240,7 @@ def key_receptance(
     rows = Rows(C, F + C, tuning)
     keys = rows.programs(F)
     grid = (keys + rows.programs(C), B)
-    key_receptance_kernel[grid](x, prev, *norm, *maa, *key, *receptance, normed, k, r, F, keys, **rows.options)
+    key_receptance_kernel[grid](x, prev, *norm, *maa, *key, *receptance, normed, k, r, F, keys, **rows.options(x))
     return normed, k, r
 
 
@@ -284,7 +253,7 @@ def key_alone(
     rows = Rows(C, F, tuning)
     keys = rows.programs(F)
     none = (None, None)
-    key_receptance_kernel[keys, B](x, prev, *norm, maa, None, *key, *none, normed, k, None, F, keys, **rows.options)
+    key_receptance_kernel[keys, B](x, prev, *norm, maa, None, *key, *none, normed, k, None, F, keys, **rows.options(x))
     return normed, k
 
 
@@ -293,5 +262,5 @@ def head(x: Tensor, norm: tuple[Tensor, Tensor], w: Matrix, tuning: Tuning) -> T
     (B, C), V = x.shape, w.weight.shape[0]
     out = x.new_empty(B, V, dtype=torch.float32)
     rows = Rows(C, V, tuning)
-    head_kernel[rows.programs(V), B](x, *norm, *w, out, V, **rows.options)
+    head_kernel[rows.programs(V), B](x, *norm, *w, out, V, **rows.options(x))
     return out

@@ -9,33 +9,33 @@ import triton.language as tl
 from rwkv_layers.linear import Matrix
 from torch import Tensor
 
-from rwkv_backends.kernels.device import let_next_begin, load_raw, norm_with, share, store, wait_for_earlier
+from rwkv_backends.kernels.device import let_next_begin, share, wait_for_earlier
+from rwkv_backends.kernels.rows import Rows, columns, load_row, minus, norm_of, plus_product, store_row
 from rwkv_backends.kernels.tuning import Tuning
-from rwkv_backends.kernels.vector import Rows, first_tiles, products
+from rwkv_backends.kernels.vector import first_tiles, products
 
 
 @triton.jit
-def mixed_row(x_ptr, weight, bias, prev, mu, normed_ptr, cols, mask, keep, C: tl.constexpr):
+def mixed_row(x_ptr, weight, bias, prev, mu, normed_ptr, cols, keep, C: tl.constexpr):
     """The norm of a row, moved towards what the token before left; the first program keeps the former."""
-    x = norm_with(x_ptr, weight, bias, cols, mask, C)
+    x = norm_of(x_ptr, weight, bias, cols, C)
     if keep:
-        store(normed_ptr + cols, x, mask)
-    return x + (prev.to(tl.float32) - x) * mu.to(tl.float32)
+        store_row(normed_ptr, x, cols, C)
+    return plus_product(x, minus(prev, x), mu)
 
 
 @triton.jit
 def rkv_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, mu_ptr, r_ptr, r_scale_ptr, k_ptr, k_scale_ptr, v_ptr,
                v_scale_ptr, down_ptr, which_ptr, normed_ptr, rkv_ptr, low_ptr, B, D, PER, C: tl.constexpr,
-               BLOCK: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+               BLOCK: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     let_next_begin(OVERLAP)
     b = tl.program_id(1)
     part = tl.program_id(0) // PER
-    cols = tl.arange(0, BLOCK)
-    mask = cols < C
+    cols = columns(BLOCK, REST)
     keep = tl.program_id(0) == 0
     x_at, normed_at = x_ptr + b * C, normed_ptr + b * C
-    weight, bias = load_raw(weight_ptr, cols, mask), load_raw(bias_ptr, cols, mask)
-    prev = load_raw(prev_ptr + b * C, cols, mask)
+    weight, bias = load_row(weight_ptr, cols, C), load_row(bias_ptr, cols, C)
+    prev = load_row(prev_ptr + b * C, cols, C)
     if part < 3:
         w_ptr = r_ptr
         scale_ptr = r_scale_ptr
@@ -46,19 +46,19 @@ def rkv_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, mu_ptr, r_ptr, r_scale_ptr
             w_ptr = v_ptr
             scale_ptr = v_scale_ptr
         begin, stop = share(tl.program_id(0) - part * PER, PER, tl.cdiv(C, ROWS))
-        w, ahead = first_tiles(w_ptr, begin, stop, C, cols, mask, C, ROWS)
-        mu = load_raw(mu_ptr + tl.where(part == 0, 0, part + 1) * C, cols, mask)  # of r, w, k, v, a, g
+        w, ahead = first_tiles(w_ptr, begin, stop, C, cols, C, ROWS)
+        mu = load_row(mu_ptr + tl.where(part == 0, 0, part + 1) * C, cols, C)  # of r, w, k, v, a, g
         wait_for_earlier(OVERLAP)
-        x = mixed_row(x_at, weight, bias, prev, mu, normed_at, cols, mask, keep, C)
+        x = mixed_row(x_at, weight, bias, prev, mu, normed_at, cols, keep, C)
         out = rkv_ptr + (part * B + b) * C
-        products(x, w, ahead, w_ptr, scale_ptr, 0, out, begin, stop, C, cols, mask, C, ROWS, "")
+        products(x, w, ahead, w_ptr, scale_ptr, 0, out, begin, stop, C, cols, C, ROWS, "")
     else:
         q = tl.program_id(0) - 3 * PER
-        down, down_ahead = first_tiles(down_ptr, q, q + 1, D, cols, mask, C, ROWS)
-        mu = load_raw(mu_ptr + tl.load(which_ptr + q) * C, cols, mask)
+        down, down_ahead = first_tiles(down_ptr, q, q + 1, D, cols, C, ROWS)
+        mu = load_row(mu_ptr + tl.load(which_ptr + q) * C, cols, C)
         wait_for_earlier(OVERLAP)
-        x = mixed_row(x_at, weight, bias, prev, mu, normed_at, cols, mask, keep, C)
-        products(x, down, down_ahead, down_ptr, None, 0, low_ptr + b * D, q, q + 1, D, cols, mask, C, ROWS, "")
+        x = mixed_row(x_at, weight, bias, prev, mu, normed_at, cols, keep, C)
+        products(x, down, down_ahead, down_ptr, None, 0, low_ptr + b * D, q, q + 1, D, cols, C, ROWS, "")
 
 
 def rkv(
@@ -77,6 +77,6 @@ def rkv(
     per = rows.programs(C)
     r, k, v = matrices
     rkv_kernel[3 * per + triton.cdiv(D, tuning.tile_rows), B](
-        x, prev, *norm, mu, *r, *k, *v, down, which, normed, out, low, B, D, per, **rows.options
+        x, prev, *norm, mu, *r, *k, *v, down, which, normed, out, low, B, D, per, **rows.options(x)
     )  # fmt: skip
     return normed, out, low
