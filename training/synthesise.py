@@ -86,7 +86,7 @@ def whole_documents(texts: Tensor) -> npt.NDArray[np.uint16]:
 
 
 def synthesise(writers: Writers, tokens: int, seconds: float = math.inf) -> npt.NDArray[np.uint16]:
-    """At least so many tokens of whole documents, each begun by id 0; fewer where the seconds are over before, but some.
+    """At least so many tokens of whole documents, each begun by id 0; fewer, but some, where the seconds are over.
 
     Raises:
         ValueError: hardly any text ends within the length.
