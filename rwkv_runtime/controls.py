@@ -10,11 +10,15 @@ import torch
 from torch import Tensor
 
 from rwkv_runtime import noise
+from rwkv_runtime.memory import keep_freed_memory
 from rwkv_runtime.state import TensorSpec
 from rwkv_runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from rwkv_runtime.sampler import Sampler
+
+BLOCK = 256
+"""Scores among which a draw looks for the best one's place."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ class Controls:
         tokenizer: Tokenizer | None = None,
     ) -> Controls:
         """Controls of `rows` rows, every parameter at its default."""
+        if device.type == "cpu":
+            keep_freed_memory()
 
         def full(default: float | str) -> Tensor:
             dtype = torch.int64 if isinstance(default, int) else torch.float32
@@ -120,6 +126,20 @@ class Controls:
 
         A row where nothing can be drawn (NaN, +inf, or all masked) gives -1.
         """
-        best = logits.amax(dim=-1)
-        noisy = logits + noise.gumbel(self.seed, self.position, self.ids)
-        return torch.where(best.isfinite(), noisy.argmax(dim=-1), -1)
+        noisy = logits - noise.minus_gumbel(self.seed, self.position, self.ids)
+        best, ids = top(noisy)  # not finite where no logit is, or one is NaN or +inf: the noise is finite
+        return torch.where(best.abs() < torch.inf, ids, -1)
+
+
+def top(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """max(dim=-1) of [B, V]: the largest scores and where they are, both [B].
+
+    A CPU finds the largest of many much faster than its place, which is looked for in one block alone.
+    """
+    B, V = scores.shape
+    if scores.is_cuda or V % BLOCK:
+        return scores.max(dim=-1)
+    blocks = scores.reshape(B, V // BLOCK, BLOCK)
+    best, block = blocks.amax(dim=-1).max(dim=-1, keepdim=True)  # [B, 1] each
+    place = blocks.gather(1, block[:, :, None].expand(B, 1, BLOCK)).argmax(dim=-1)
+    return best[:, 0], (block * BLOCK + place)[:, 0]

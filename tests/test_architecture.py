@@ -21,7 +21,7 @@ PLUGINS = ROOT / "plugins"
 BUILT_IN = {folder.name for folder in PLUGINS.iterdir() if (folder / "__init__.py").exists()}
 LEVELS = (
     {"errors", "hooks"},
-    {"noise", "state", "text", "tokenizer"},
+    {"memory", "noise", "state", "text", "tokenizer"},
     {"controls", "model"},
     {"backend", "checkpoint", "sampler"},
     {"embedded", "observation", "plugins", "snapshot"},

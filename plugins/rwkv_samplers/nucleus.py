@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rwkv_runtime import Controls, Param, Sampler, hookimpl
-from rwkv_samplers.selection import LAST, Cut, cut, relative, score_of, share_of
+from rwkv_samplers.selection import LAST, Cut, cut, score_of, share_of
 
 
 class Nucleus(Sampler):
@@ -35,19 +35,21 @@ class Nucleus(Sampler):
         greedy = (temperature == 0) | (top_p == 0)
         count = torch.where(greedy, 1, torch.where(top_k > 0, top_k, logits.shape[-1] + 1))
         packed = Packed.of(logits.shape[-1])
-        weight = packed.weight(logits)
-        target = share_of(packed.mass(weight.sum(dim=-1, keepdim=True)), top_p)
-        # Both limits are of the plain distribution: whichever is reached first ends the prefix.
-        end = cut(logits, weight, lambda sums: (packed.mass(sums) < target) & (packed.tokens(sums) < count))
         best = logits.amax(dim=-1, keepdim=True)
+        lead = logits - best
+        weight = packed.weight(lead)
+        target = share_of(packed.mass(weight.sum(dim=-1, keepdim=True)), top_p)
+        packed_target = target << packed.bits
+        # Both limits are of the plain distribution: whichever is reached first ends the prefix.
+        end = cut(logits, weight, lambda sums: (sums < packed_target) & (packed.tokens(sums) < count))
         left = count - packed.tokens(end.above)  # how many of those at the cut fit in
         share = _share_at_the_cut(packed, end, best, target, left)
         # In log space, since p ** (1 / T) underflows to all zeros at a small T; the largest is 0.
         divisor = torch.where(greedy, 1.0, temperature)
         tied = end.keys == end.key
-        tied &= tied.cumsum(dim=-1) <= left
+        tied &= tied.cumsum(dim=-1, dtype=torch.int32) <= left.clamp(0, logits.shape[-1]).to(torch.int32)
         beyond = torch.where(tied, share / divisor, -torch.inf)
-        return torch.where(end.keys < end.key, (logits - best).div_(divisor), beyond)
+        return torch.where(end.keys < end.key, lead.div_(divisor), beyond)
 
     def sample(self, logits: Tensor, controls: Controls) -> Tensor:
         # torch.compile makes kernels of its own of the plain way.
@@ -75,8 +77,9 @@ class Packed(NamedTuple):
         bits = vocab_size.bit_length()
         return cls(2.0 ** (62 - bits - (vocab_size - 1).bit_length()), bits)
 
-    def weight(self, logits: Tensor) -> Tensor:
-        whole = relative(logits).mul_(self.unit).round_()
+    def weight(self, lead: Tensor) -> Tensor:
+        """Of tokens with these log probabilities, relative to the likeliest one's."""
+        whole = lead.exp().mul_(self.unit).round_()
         return whole.mul_(2.0**self.bits).to(torch.int64).add_(1)
 
     def mass(self, weight: Tensor) -> Tensor:

@@ -105,9 +105,10 @@ def cut_by_digits(keys: Tensor, weight: Tensor, short: Short) -> Cut:
     for shift, bits in DIGITS:
         size = 1 << bits
         before = (low >> shift) - 1  # bin 0 holds all that comes before this stretch of keys
-        torch.bitwise_and(keys, SPREAD - 1, out=after).add_(before + (size + 1))
         torch.bitwise_right_shift(keys, shift, out=stretch)
-        torch.minimum(torch.maximum(stretch, before, out=stretch), after, out=stretch)
+        if shift + bits < 32:  # the first stretch holds all keys
+            torch.bitwise_and(keys, SPREAD - 1, out=after).add_(before + (size + 1))
+            torch.minimum(torch.maximum(stretch, before, out=stretch), after, out=stretch)
         bins.copy_(stretch.sub_(before))
         empty = torch.zeros((len(bins), size + 1 + SPREAD), dtype=torch.int64, device=bins.device)
         sums = empty.scatter_add_(-1, bins, weight).cumsum(dim=-1)  # what the tokens up to each bin weigh together
