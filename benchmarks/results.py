@@ -56,7 +56,8 @@ def read(paths: Iterable[Path]) -> list[Machine]:
     for path in paths:
         for run in json.loads(path.read_text())["runs"]:
             info = run["machine"]
-            key = tuple(info.get(name) for name in ("cpu_model", "cores", "threads", "gpu", "device"))
+            threads = None if info.get("gpu") else info.get("threads")  # the host's say little of a GPU
+            key = (threads, *(info.get(name) for name in ("cpu_model", "cores", "gpu", "device")))
             _, commands, results = found.setdefault(key, (info, [], {}))
             found[key] = (info, commands, results)  # versions and load are the last run's
             if run["command"] not in commands:

@@ -152,7 +152,8 @@ class Suite:
         begin = time.monotonic()
         with (self.folder / log).open("a") as output:
             print(f"\n== {name}", file=output, flush=True)
-            command = [sys.executable, "-m", "pytest", *words]
+            # What a backend warns of, a graph that it could not capture say, is part of what was measured.
+            command = [sys.executable, "-m", "pytest", "-o", "log_cli=true", "--log-cli-level=WARNING", *words]
             process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True)
             try:
                 code = process.wait(seconds)

@@ -400,6 +400,8 @@ def test_prepared_corpus(tmp_path: Path) -> None:
             ids = torch.tensor([[0, *tokenizer.encode(document), 0]])
             nats += float(model.losses(ids[:, :-1], ids[:, 1:]).double().sum())
     assert report["bits_per_byte"] == pytest.approx(nats / math.log(2) / count, rel=1e-5)
+    some = bits_per_byte(model, tmp_path / "data", "train", 5)["hats"]
+    assert (some["documents"], report["documents"]) == (5, len(found["heldout"]))
 
 
 def test_vocabulary_tokens_do_not_cross_words() -> None:

@@ -31,11 +31,13 @@ Licence: Apache-2.0.
 | ChiLit, 71 children's books of the 19th century (birmingham-ccr/corpora) | some | public domain |
 | fairy tales from Project Gutenberg, by way of FairytaleQA | little | public domain |
 | African Storybook and Pratham StoryWeaver, English picture books | little | CC-BY |
+| texts begun as TinyStories' are, by two larger models that were trained on the above alone | much | Apache-2.0 |
 
 Most of this text was itself written by a language model; its turns of phrase, its favourite names and its blind spots
 are in this one too. The text is not part of the package.
 
-One command in `training/README.md` reproduces the model. Held out is 1 % of the documents of each source.
+The commands at the head of `training/README.md` reproduce the model. Held out, from the larger models too, is 1 % of
+the documents of each source.
 
 ## How well it predicts held-out text
 

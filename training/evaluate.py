@@ -1,6 +1,7 @@
 """Bits per byte of an exported checkpoint on the whole held-out text of each source.
 
-Usage: ``python -m training.evaluate model.safetensors DATA_FOLDER report.json``.
+Usage: ``python -m training.evaluate model.safetensors DATA_FOLDER report.json``.  With ``--split train --documents N``
+on N documents of each source's training text: how much better that is says how much was learnt by heart.
 
 Every document is read from a zero state after id 0, its context carried to its end; the end of text is
 predicted too, so its bits count, while only the bytes of the text itself do.  Arithmetic in fp32, weights as
@@ -26,7 +27,7 @@ from training.model import StoryModel
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32_768}  # uncompiled, the WKV takes 16 KiB a token
 
 
-def heldout_documents(path: Path) -> list[Tensor]:
+def read_documents(path: Path) -> list[Tensor]:
     """Documents of a token array, each with the id 0 that precedes it and the one that ends it."""
     tokens = torch.from_numpy(load_tokens(path).astype("int64"))
     starts = (tokens == 0).nonzero().flatten().tolist()
@@ -50,12 +51,19 @@ def document_nats(model: StoryModel, documents: list[Tensor]) -> float:
     return total
 
 
-def bits_per_byte(model: StoryModel, data_folder: Path) -> dict[str, dict[str, float]]:
-    """For each source: bits per byte, nats per token, documents, tokens, bytes."""
+def bits_per_byte(
+    model: StoryModel, data_folder: Path, split: str = "heldout", most: int | None = None
+) -> dict[str, dict[str, float]]:
+    """For each source: bits per byte, nats per token, documents, tokens, bytes.
+
+    Of more than ``most`` documents, so many at equal distances.
+    """
     spelled = token_bytes(data_folder / "vocab.txt", model.config.vocab_size)
     report: dict[str, dict[str, float]] = {}
     for name in source_names(data_folder):
-        documents = heldout_documents(data_folder / f"{name}.heldout.npy.xz")
+        documents = read_documents(data_folder / f"{name}.{split}.npy.xz")
+        if most is not None:
+            documents = documents[:: max(1, len(documents) // most)][:most]
         nats = document_nats(model, documents)
         count = sum(int(spelled[document].sum()) for document in documents)
         tokens = sum(len(document) - 1 for document in documents)
@@ -75,10 +83,12 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("data", type=Path)
     parser.add_argument("report", type=Path)
+    parser.add_argument("--split", choices=["heldout", "train"], default="heldout")
+    parser.add_argument("--documents", type=int, help="at most so many of each source")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     model = load_model(arguments.model).to(arguments.device)
-    report = bits_per_byte(model, arguments.data)
+    report = bits_per_byte(model, arguments.data, arguments.split, arguments.documents)
     arguments.report.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 

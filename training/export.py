@@ -26,7 +26,10 @@ METADATA = {
         "FairytaleQA's fairy tales from Project Gutenberg (public domain); "
         "ChiLit, birmingham-ccr/corpora (public domain)"
     ),
-    "note": "Most of the training text was itself written by a language model.",
+    "note": (
+        "Most of the training text was itself written by language models, some of it by larger ones that were trained "
+        "on these sources."
+    ),
 }
 
 

@@ -34,7 +34,7 @@ class ModelConfig:
     width: int = 256
     layers: int = 10
     head_size: int = 64
-    dropout: float = 0.15
+    dropout: float = 0.1
     chunk: int = 32
     kernels: bool = False
 
