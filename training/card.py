@@ -36,8 +36,8 @@ Licence: Apache-2.0.
 Most of this text was itself written by a language model; its turns of phrase, its favourite names and its blind spots
 are in this one too. The text is not part of the package.
 
-The commands at the head of `training/README.md` reproduce the model. Held out, from the larger models too, is 1 % of
-the documents of each source.
+One command in `training/README.md` reproduces the model. Held out, from the larger models too, is 1 % of the documents
+of each source.
 
 ## How well it predicts held-out text
 
