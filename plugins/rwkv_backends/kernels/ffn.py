@@ -52,11 +52,10 @@ def values(v, k):
 @triton.jit
 def key_value_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_k_ptr, maa_r_ptr, key_ptr, key_scale_ptr,
                      receptance_ptr, receptance_scale_ptr, value_ptr, normed_ptr, parts_ptr, r_ptr, F, KEYS,
-                     C: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr,
-                     OVERLAP: tl.constexpr):  # fmt: skip
+                     C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     let_next_begin(OVERLAP)
     p, b = tl.program_id(0), tl.program_id(1)
-    cols = columns(BLOCK, REST)
+    cols = columns(BLOCK, 0)
     if p < KEYS:
         begin, stop = share(p, KEYS, tl.cdiv(F, ROWS))
         end = tl.minimum(stop * ROWS, F)

@@ -142,7 +142,7 @@ class Rows(NamedTuple):
     def options(self, like: Tensor) -> dict[str, Any]:
         """For a vector like this one."""
         block, rest = self.pieces()
-        sizes = {"C": self.C, "BLOCK": block, "REST": rest, "ROWS": self.tuning.tile_rows}
+        sizes = {"C": self.C, "BLOCK": block, "ROWS": self.tuning.tile_rows, **({} if self.whole else {"REST": rest})}
         # Left to itself, ptxas stops at 80 registers in some of the kernels and spills. With more than 128, a
         # multiprocessor has no room for four programs of four warps, or two of eight.
         registers = {"maxnreg": 128 if like.element_size() < 4 else 255} if self.tuning.overlap else {}
