@@ -19,20 +19,23 @@ collect_ignore_glob = [] if interpreted() else ["test_*.py"]
 
 
 @pytest.fixture(autouse=True)
-def bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter keeps bfloat16 as its bits, and multiplies matrices of them as whole numbers."""
+def products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrix products as tensor cores have them: of bfloat16, and the same for each row wherever in the tile it is.
+
+    The interpreter multiplies the bits of bfloat16 as whole numbers, and all else by numpy's BLAS, which on some
+    processors adds up the sixth row in another order than the first.
+    """
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    def widened(a: TensorHandle) -> TensorHandle:
-        if a.dtype.scalar != tl.bfloat16:
-            return a
-        return TensorHandle((a.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+    def widened(a: TensorHandle) -> np.ndarray:
+        return (a.data.astype(np.uint32) << 16).view(np.float32) if a.dtype.scalar == tl.bfloat16 else a.data
 
-    create_dot = InterpreterBuilder.create_dot
-    monkeypatch.setattr(
-        InterpreterBuilder, "create_dot", lambda self, a, b, *rest: create_dot(self, widened(a), widened(b), *rest)
-    )
+    def create_dot(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, d: TensorHandle, *how: object):
+        product = np.einsum("ij,jk->ik", widened(a), widened(b), dtype=d.data.dtype)
+        return TensorHandle(product + d.data, d.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,6 @@ import torch
 from drawn import TUNING, B, C, Draw, close, normed, shifted, stored
 from helpers import apart
 from rwkv_backends.kernels.ffn import channel_mixing
-from rwkv_backends.kernels.tuning import Tuning
 from rwkv_layers.linear import Matrix
 
 WIDTHS = [3, 70]  # fewer rows than a tile has, and no whole number of tiles
@@ -20,7 +19,7 @@ WIDTHS = [3, 70]  # fewer rows than a tile has, and no whole number of tiles
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "alone"])
 @pytest.mark.parametrize("sign", [-1, 0, 1], ids=["all zero", "some zero", "none zero"])
 def test_channel_mixing_in_one(
-    dtype: torch.dtype, sign: int, gated: bool, int8: bool, width: int, programs: int, tuning: Tuning
+    dtype: torch.dtype, sign: int, gated: bool, int8: bool, width: int, programs: int
 ) -> None:
     """Whichever inputs of the value matrix are zero, with a receptance and without."""
     draw = Draw(dtype)
@@ -38,8 +37,7 @@ def test_channel_mixing_in_one(
     r = torch.sigmoid((e + dx * maa[1].double()) @ receptance_w.t()) if gated else 1.0
     twin = (x.double() + r * (k @ value_w.t())) * 0.5
     turned = Matrix(value.t().contiguous(), scale)
-    tuning = replace(tuning, programs=programs, part_cols=16)
-    shift = maa if gated else (maa[0], None)
+    shift, tuning = maa if gated else (maa[0], None), replace(TUNING, programs=programs)
     channel_mixing(x, prev, norm, shift, key, receptance if gated else None, turned, 0.5, tuning)
     close(dtype, (x, twin))
     assert apart(prev, e) < (1e-6 if dtype == torch.float32 else 0.01)

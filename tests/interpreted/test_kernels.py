@@ -6,12 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from drawn import TUNING, B, C, D, Draw, R, V, close, normed, shifted, stored
-from rwkv_backends.kernels import mixing, sparse, vector, wkv6
+from rwkv_backends.kernels import mixing, vector, wkv6
 from rwkv_backends.kernels.tuning import Tuning
-from rwkv_layers.linear import Matrix
 from torch import Tensor
-
-WIDTH = 70  # of the channel mixing
 
 DECAYS = {"usual": (-3.0, 0.5), "strong": (2.0, 3.0), "dead": (5.0, 80.0), "weak": (-30.0, -10.0), "all": (-20.0, 6.0)}
 """log w = -e^x for x between these."""
@@ -98,42 +95,6 @@ def test_relu_squared(dtype: torch.dtype) -> None:
     twin = torch.relu(k.double()) ** 2
     assert mixing.relu_squared(k) is k
     close(dtype, (k, twin))
-
-
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_channel_mixing_of_few_rows(dtype: torch.dtype, share: float, int8: bool, tuning: Tuning) -> None:
-    """Whatever share of the inputs of the value matrix is zero."""
-    draw = Draw(dtype)
-    x, prev, norm, maa_k, maa_r = draw(B, C), draw(B, C), draw.norm(), draw(C), draw(C)
-    (key, key_w), (receptance, receptance_w) = (stored(draw.matrix(rows, C), int8) for rows in (WIDTH, C))
-    (value, scale), value_w = stored(draw(C, WIDTH), int8)
-    kept = (torch.rand(WIDTH, generator=draw.generator) >= share).to(dtype)
-    ours = vector.key_receptance(x, prev, norm, (maa_k, maa_r), key, receptance, tuning)
-    e = normed(x, norm)
-    dx = shifted(e, prev, 1)
-    k = torch.relu((e + dx * maa_k.double()) @ key_w.t()) ** 2
-    r = torch.sigmoid((e + dx * maa_r.double()) @ receptance_w.t())
-    close(dtype, *zip(ours, (e, k, r), strict=True))
-
-    last, k, r = ours
-    k *= kept
-    twin = (x.double() + r.double() * (k.double() @ value_w.t())) * 0.5
-    arrived = sparse.arrivals(x, C, tuning)
-    sparse.add_value(k, r, Matrix(value.t().contiguous(), scale), last, x, prev, 0.5, arrived, tuning)
-    close(dtype, (x, twin))
-    assert not arrived.any()
-    assert torch.equal(prev, last)
-
-
-def test_weights_of_zero_inputs_are_not_read() -> None:
-    """NaN in their place goes unnoticed."""
-    draw = Draw(torch.float32)
-    k, r, x, prev = draw(1, WIDTH).relu(), draw(1, C), draw(1, C), draw(1, C)
-    value = draw(WIDTH, C)
-    value[k[0] == 0] = torch.nan
-    arrived = sparse.arrivals(x, C, TUNING)
-    sparse.add_value(k, r, Matrix(value, None), x.clone(), x, prev, 1.0, arrived, TUNING)
-    assert bool(x.isfinite().all())
 
 
 def test_head(dtype: torch.dtype, int8: bool, tuning: Tuning) -> None:

@@ -17,9 +17,9 @@ from rwkv_runtime.model import Architecture, Model
 from rwkv_runtime.plugins import Plugins
 from rwkv_runtime.testing import check_backend
 
-FEW = Tuning(overlap=False, programs=4, tile_rows=32, value_rows=64)
+FEW = Tuning(overlap=False, programs=4, tile_rows=32)
 """Every decode step of up to two rows through the kernels that hold whole rows of a matrix; large tiles, for speed."""
-ONE = replace(FEW, key_value=1, pieces_from=1)
+PIECES = replace(FEW, pieces_from=1)
 MANY = replace(FEW, vector_rows=0)
 
 
@@ -48,7 +48,7 @@ def test_logits_are_those_of_the_reference(
     model = built(tensors, plugins)
     tokens = torch.tensor([[t % vocab for t in tokens_of(22)]])
     expected = architecture.reference(tensors, tokens[0].tolist())
-    for tuning in (FEW, ONE, MANY):
+    for tuning in (FEW, PIECES, MANY):
         assert apart(read(model, tuning, tokens, [1, 1, 18, 2])[0], expected) < 1e-4
 
 
@@ -63,7 +63,7 @@ def test_halves_are_as_near_to_the_reference_as_plain_pytorch_is(
     tokens = [t % 33 for t in tokens_of(24)]  # of few, chance decides
     expected = architecture.reference(tensors, tokens)
     plain = off(logits_of(model, tokens), expected)
-    for tuning in (FEW, ONE, MANY):
+    for tuning in (FEW, MANY):
         assert off(read(model, tuning, torch.tensor([tokens]), [1, 22, 1])[0], expected) < 1.5 * plain
 
 
@@ -72,7 +72,7 @@ def test_int8_weights_give_what_plain_pytorch_makes_of_them(architecture: Archit
     model = build_model(tensors, plugins.architectures, CPU, quant="int8")
     tokens = [t % 37 for t in tokens_of(9)]
     expected = logits_of(model, tokens)
-    for tuning in (FEW, ONE, MANY):
+    for tuning in (FEW, PIECES, MANY):
         assert apart(read(model, tuning, torch.tensor([tokens]), [1, 7, 1])[0], expected) < 1e-4
 
 

@@ -11,7 +11,7 @@ from test_kernels import DECAYS, gated, recurrence
 from torch import Tensor
 
 B, H, D = 2, 2, 5
-EXACT = Tuning(span=32, wkv_halves=False)
+SHORT = Tuning(span=32)
 
 
 class Case:
@@ -47,18 +47,18 @@ class Case:
 @pytest.mark.parametrize("decay", sorted(DECAYS))
 def test_it_is_the_recurrence(decay: str, T: int) -> None:
     case = Case(T, 32, DECAYS[decay])
-    for ours, theirs in zip(case.ours(EXACT), case.expected(), strict=True):
+    for ours, theirs in zip(case.ours(SHORT), case.expected(), strict=True):
         assert apart(ours, theirs) < 1e-5
 
 
 @pytest.mark.parametrize("span", [16, 64, 128])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_spans_of_any_length_and_halves_give_the_same(dtype: torch.dtype, span: int) -> None:
+@pytest.mark.parametrize(("dtype", "far"), [(torch.float16, 1e-5), (torch.bfloat16, 0.01)], ids=str)
+def test_spans_of_any_length_and_halves_give_the_same(dtype: torch.dtype, far: float, span: int) -> None:
+    """float16 is computed in float32."""
     case = Case(140, 16, (-8, 3), dtype)
-    ours = case.ours(Tuning(span=span, wkv_halves=False))
-    for one, theirs in zip(ours, case.expected(), strict=True):
-        assert apart(one, theirs) < 1e-5  # half inputs are computed in float32
-    assert case.ours(EXACT, dtype)[0].dtype == dtype
+    for ours, theirs in zip(case.ours(Tuning(span=span)), case.expected(), strict=True):
+        assert apart(ours, theirs) < far
+    assert case.ours(SHORT, dtype)[0].dtype == dtype
 
 
 @pytest.mark.parametrize("decay", sorted(DECAYS))
@@ -71,6 +71,6 @@ def test_products_in_bfloat16_are_as_near_as_its_digits_allow(decay: str) -> Non
 def test_a_decay_of_zero_forgets_all_and_of_one_keeps_all() -> None:
     zero, one = Case(40, 16, (100.0, 100.0)), Case(40, 16, (-100.0, -100.0))
     k, v = (part.view(B, 40, H, 16).transpose(1, 2) for part in zero.kvrg[:2])  # [B, H, T, N]
-    torch.testing.assert_close(zero.ours(EXACT)[1], k[:, :, -1, :, None] * v[:, :, -1, None])
+    torch.testing.assert_close(zero.ours(SHORT)[1], k[:, :, -1, :, None] * v[:, :, -1, None])
     k, v = (part.view(B, 40, H, 16).transpose(1, 2) for part in one.kvrg[:2])
-    torch.testing.assert_close(one.ours(EXACT)[1], one.kv[:B] + k.transpose(2, 3) @ v)
+    torch.testing.assert_close(one.ours(SHORT)[1], one.kv[:B] + k.transpose(2, 3) @ v)

@@ -3,11 +3,10 @@
 A program that holds row f of the key matrix knows the input f of the value matrix, so it goes on to row f of that one,
 turned round, and skips it where the input is zero: its load is under way while the next rows of the key matrix are
 multiplied. Each program has a sum of its own of all C outputs; adding these up is the second kernel, since it takes
-many multiprocessors and here only those that come last would know that all sums are there.
+many multiprocessors and here only those that come last would know that all sums are there. A row is one piece
+even of 2560 columns: two, with their sums, take so many registers that three programs find room instead of four.
 Annotations are real types, not strings: Triton reads them.
 """
-
-from dataclasses import replace
 
 import torch
 import triton
@@ -24,13 +23,14 @@ from rwkv_backends.kernels.rows import (
     minus,
     norm_of,
     plus_product,
-    plus_rows,
     store_row,
     times,
-    zeros,
 )
 from rwkv_backends.kernels.tuning import Tuning
 from rwkv_backends.kernels.vector import first_tiles, products
+
+PART_COLS = 16
+"""Outputs of which one program adds up what all have."""
 
 
 @triton.jit
@@ -44,14 +44,18 @@ def keys(x, w, scale_ptr, rows, end):
 
 
 @triton.jit
+def values(v, k):
+    """V^T k, for a few rows of V."""
+    return tl.sum(v[0].to(tl.float32) * k[:, None], 0)
+
+
+@triton.jit
 def key_value_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_k_ptr, maa_r_ptr, key_ptr, key_scale_ptr,
                      receptance_ptr, receptance_scale_ptr, value_ptr, normed_ptr, parts_ptr, r_ptr, F, KEYS,
-                     C: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr,
-                     OVERLAP: tl.constexpr):  # fmt: skip
+                     C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     let_next_begin(OVERLAP)
-    AHEAD: tl.constexpr = 1 if REST else 2  # tiles of the key matrix; registers allow no more
     p, b = tl.program_id(0), tl.program_id(1)
-    cols = columns(BLOCK, REST)
+    cols = columns(BLOCK, 0)
     if p < KEYS:
         begin, stop = share(p, KEYS, tl.cdiv(F, ROWS))
         end = tl.minimum(stop * ROWS, F)
@@ -66,27 +70,23 @@ def key_value_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_k_ptr, maa_r_ptr
         if p == 0:
             store_row(normed_ptr + b * C, x, cols, C)
         x = plus_product(x, minus(prev, x), maa)
-        if AHEAD == 2:
-            ahead = load_rows(key_ptr, rows + 2 * ROWS, rows + 2 * ROWS < end, cols, C)
+        ahead = load_rows(key_ptr, rows + 2 * ROWS, rows + 2 * ROWS < end, cols, C)
         k = keys(x, first, key_scale_ptr, rows, end)
         if not OVERLAP:
             v = load_rows(value_ptr, rows, k != 0.0, cols, C)
-        total = zeros(BLOCK, REST)
+        total = tl.zeros((BLOCK,), tl.float32)
         for _ in range(begin + 1, stop):
             rows += ROWS
-            later = load_rows(key_ptr, rows + AHEAD * ROWS, rows + AHEAD * ROWS < end, cols, C)
+            later = load_rows(key_ptr, rows + 2 * ROWS, rows + 2 * ROWS < end, cols, C)
             k_next = keys(x, w, key_scale_ptr, rows, end)
             v_next = load_rows(value_ptr, rows, k_next != 0.0, cols, C)
-            total = plus_rows(total, v, k)
-            if AHEAD == 2:
-                w = ahead
-                ahead = later
-            else:
-                w = later
+            total += values(v, k)
+            w = ahead
+            ahead = later
             v = v_next
             k = k_next
-        total = plus_rows(total, v, k)
-        store_row(parts_ptr + (p * tl.num_programs(1) + b) * C, total, cols, C)
+        total += values(v, k)
+        store_row(parts_ptr + (p * tl.num_programs(1) + b) * C, (total,), cols, C)
     elif receptance_ptr is not None:
         begin, stop = share(p - KEYS, tl.num_programs(0) - KEYS, tl.cdiv(C, ROWS))
         first, w = first_tiles(receptance_ptr, begin, stop, C, cols, C, ROWS)
@@ -129,34 +129,31 @@ def channel_mixing(
     x: Tensor, prev: Tensor, norm: tuple[Tensor, Tensor], maa: tuple[Tensor, Tensor | None], key: Matrix,
     receptance: Matrix | None, value: Matrix, scale: float, tuning: Tuning,
 ) -> None:  # fmt: skip
-    """x = (x + r V^T k) scale and prev = LN(x), for x, prev [B, C]; k and r as `vector.key_receptance` has them.
+    """x = (x + r V^T k) scale and prev = LN(x), for x, prev [B, C]; k = relu(key)^2, r = sigmoid(receptance).
 
-    key [F, C]; value [F, C], turned round, its scales of its columns; without a receptance [C, C] r is 1.
+    Both are of LN(x) shifted by maa: key [F, C], receptance [C, C], without which r is 1. value V [F, C], turned round,
+    has its scales of its columns.
     """
     (B, C), F = x.shape, key.weight.shape[0]
-    if not tuning.ffn_pieces:
-        tuning = replace(tuning, pieces_from=1 << 30)
-    crowded = tuning.pieces(C)[1] > 0  # more registers a program, so three of them where there are four otherwise
-    fitting = replace(tuning, programs=tuning.programs * 3 // 4) if crowded else tuning
-    keys, others = _programs(C, F, receptance is not None, fitting)
+    keys, others = _programs(C, F, receptance is not None, tuning)
     normed, full = torch.empty_like(x), torch.float32
     parts = x.new_empty(keys, B, C, dtype=full)
     r = None if receptance is None else x.new_empty(B, C, dtype=full)
     key_value_kernel[keys + others, B](
         x, prev, *norm, *maa, *key, *(receptance or (None, None)), value.weight, normed, parts, r, F, keys,
-        **Rows(C, F, tuning).options(x, 168 if crowded else 128),
+        **Rows(C, F, tuning, whole=True).options(x),
     )  # fmt: skip
-    cols, wide = min(tuning.part_cols, triton.next_power_of_2(C)), triton.next_power_of_2(keys)
-    parts_kernel[triton.cdiv(C, cols), B](
-        parts, r, value.scale, normed, x, prev, scale, keys, C, wide, cols,
-        num_warps=max(1, min(8, wide * cols // 1024)), maxnreg=64, **tuning.launch,
+    wide = triton.next_power_of_2(keys)
+    parts_kernel[triton.cdiv(C, PART_COLS), B](
+        parts, r, value.scale, normed, x, prev, scale, keys, C, wide, PART_COLS,
+        num_warps=max(1, min(8, wide * PART_COLS // 1024)), maxnreg=64, **tuning.launch,
     )  # fmt: skip
 
 
 def _programs(C: int, F: int, gated: bool, tuning: Tuning) -> tuple[int, int]:
     """For the keys, all with the same number of tiles, and for the receptance. A quarter of the values is expected."""
     work = F + F // 4 + (C if gated else 0)
-    rows = Rows(C, work, tuning)
+    rows = Rows(C, work, tuning, whole=True)
     tiles = triton.cdiv(F, tuning.tile_rows)
     each = max(1, round(tiles / rows.programs(F + F // 4)))
     keys = triton.cdiv(tiles, each)

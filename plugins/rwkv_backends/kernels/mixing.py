@@ -7,7 +7,6 @@ another length of prompt compiles nothing. Annotations are real types, not strin
 import torch
 import triton
 import triton.language as tl
-from rwkv_layers.linear import Matrix, linear
 from torch import Tensor
 
 from rwkv_backends.kernels.device import let_next_begin, load_vector, norm_row, store, tanh, wait_for_earlier
@@ -79,8 +78,7 @@ def shift_six_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, mu_ptr, out_ptr, las
 
 @triton.jit(do_not_specialize=["M", "T"])
 def lerps_kernel(lora_ptr, normed_ptr, dx_ptr, w_ptr, out_ptr, prev_ptr, M, T, R: tl.constexpr, C: tl.constexpr,
-                 RANK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr,
-                 STAGES: tl.constexpr):  # fmt: skip
+                 RANK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
     start = tl.program_id(0).to(tl.int64) * ROWS
     row, rank = tl.arange(0, ROWS)[:, None], tl.arange(0, RANK)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
@@ -90,7 +88,7 @@ def lerps_kernel(lora_ptr, normed_ptr, dx_ptr, w_ptr, out_ptr, prev_ptr, M, T, R
     at = row * C + cols[None, :]
     x = tl.load(normed_ptr + start * C + at, mask=mask, other=0.0)
     dx = tl.load(dx_ptr + start * C + at, mask=mask, other=0.0)
-    for part in tl.range(PARTS, num_stages=STAGES):  # the next part's weights are on their way
+    for part in tl.range(PARTS, num_stages=3):  # the weights of the next parts are on their way
         i = first + part
         lora_at = lora_ptr + start * (5 * R) + i * R + row * (5 * R) + rank[None, :]
         lora = tl.load(lora_at, mask=live & (rank < R)[None, :], other=0.0)
@@ -187,8 +185,8 @@ def lerps(lora: Tensor, normed: Tensor, dx: Tensor, w: Tensor, prev: Tensor, T: 
     parts = tuning.lerp_parts(M)
     grid = (triton.cdiv(M, rows), triton.cdiv(C, cols), 5 // parts)
     lerps_kernel[grid](
-        lora, normed, dx, w, out, prev, M, T, R, C, rank, rows, cols, parts, tuning.lerp_stages,
-        num_warps=tuning.lerp_warps, maxnreg=tuning.lerp_registers,
+        lora, normed, dx, w, out, prev, M, T, R, C, rank, rows, cols, parts,
+        num_warps=4, maxnreg=168,  # three programs share a multiprocessor
     )  # fmt: skip
     return out
 
@@ -203,11 +201,3 @@ def gate(r: Tensor | None, v: Tensor, last: Tensor, x: Tensor, prev: Tensor, T: 
     """x = (x + sigmoid(r) v) scale, all [M, C] (without r: x + v), and prev = last [B, C]."""
     M, C = x.shape
     gate_kernel[M,](r, v, last, x, prev, T, scale, **across(C))
-
-
-def head(x: Tensor, w: Matrix, tuning: Tuning) -> Tensor:
-    """x [..., C], w [V, C] -> float32 [..., V]."""
-    if tuning.head_widens and x.is_cuda and w.scale is None and x.dtype != torch.float32:
-        logits = torch.mm(x.reshape(-1, x.shape[-1]), w.weight.t(), out_dtype=torch.float32)
-        return logits.view(*x.shape[:-1], -1)
-    return linear(x, w).float()

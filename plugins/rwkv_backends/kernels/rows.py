@@ -17,6 +17,9 @@ from torch import Tensor
 from rwkv_backends.kernels.device import store
 from rwkv_backends.kernels.tuning import Tuning
 
+WARP_COLS = 512
+"""Columns of a row that a warp holds, as far as programs may be that large."""
+
 
 @triton.jit
 def columns(BLOCK: tl.constexpr, REST: tl.constexpr):
@@ -24,14 +27,6 @@ def columns(BLOCK: tl.constexpr, REST: tl.constexpr):
     if REST:
         cols = cols + (BLOCK + tl.arange(0, REST),)
     return cols
-
-
-@triton.jit
-def zeros(BLOCK: tl.constexpr, REST: tl.constexpr):
-    row = (tl.zeros((BLOCK,), tl.float32),)
-    if REST:
-        row = row + (tl.zeros((REST,), tl.float32),)
-    return row
 
 
 @triton.jit
@@ -85,15 +80,6 @@ def plus_product(x, a, b):
 
 
 @triton.jit
-def plus_rows(x, w, k):
-    """x + W^T k, for a few rows of W."""
-    y = ()
-    for i in tl.static_range(len(x)):
-        y = y + (x[i] + tl.sum(w[i].to(tl.float32) * k[:, None], 0),)
-    return y
-
-
-@triton.jit
 def times(w, x):
     """W x, for a few rows of W."""
     y = tl.sum(w[0].to(tl.float32) * x[0][None, :], 1)
@@ -129,23 +115,35 @@ def norm_of(x_ptr, weight, bias, cols, C: tl.constexpr):
 
 
 class Rows(NamedTuple):
-    """How the rows of matrices of C columns are shared among programs."""
+    """How the rows of matrices of C columns are held, and shared among programs."""
 
     C: int
     total: int  # rows of all of them
     tuning: Tuning
+    whole: bool = False  # each as one piece, however much of it is idle
+
+    def pieces(self) -> tuple[int, int]:
+        """Powers of two that together hold a row; the second may be 0."""
+        whole = triton.next_power_of_2(self.C)
+        rest = triton.next_power_of_2(self.C - whole // 2)
+        split = not self.whole and self.tuning.pieces_from <= self.C and rest < whole // 2
+        return (whole // 2, rest) if split else (whole, 0)
+
+    def warps(self) -> int:
+        """Of a program: usually 16 to 24 columns a thread."""
+        return max(1, min(8, self.pieces()[0] // WARP_COLS))
 
     def programs(self, rows: int) -> int:
         """How many take so many of the rows."""
         tiles = int(triton.cdiv(rows, self.tuning.tile_rows))
-        programs = self.tuning.programs * 4 // max(4, self.tuning.warps(self.C))
+        programs = self.tuning.programs * 4 // max(4, self.warps())
         return max(1, min(tiles, round(programs * rows / self.total)))
 
-    def options(self, like: Tensor, limit: int = 128) -> dict[str, Any]:
-        """For a vector like this one; of 16-bit numbers in so many registers a thread."""
-        block, rest = self.tuning.pieces(self.C)
-        sizes = {"C": self.C, "BLOCK": block, "REST": rest, "ROWS": self.tuning.tile_rows}
+    def options(self, like: Tensor) -> dict[str, Any]:
+        """For a vector like this one."""
+        block, rest = self.pieces()
+        sizes = {"C": self.C, "BLOCK": block, "ROWS": self.tuning.tile_rows, **({} if self.whole else {"REST": rest})}
         # Left to itself, ptxas stops at 80 registers in some of the kernels and spills. With more than 128, a
         # multiprocessor has no room for four programs of four warps, or two of eight.
-        registers = {"maxnreg": limit if like.element_size() < 4 else 255} if self.tuning.overlap else {}
-        return {**sizes, "num_warps": self.tuning.warps(self.C), **registers, **self.tuning.launch}
+        registers = {"maxnreg": 128 if like.element_size() < 4 else 255} if self.tuning.overlap else {}
+        return {**sizes, "num_warps": self.warps(), **registers, **self.tuning.launch}

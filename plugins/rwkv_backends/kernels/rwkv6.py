@@ -10,7 +10,7 @@ from rwkv_layers.linear import Matrix, dense, linear, linears
 from rwkv_layers.rwkv6 import RESCALE_EVERY, Block, Weights
 from torch import Tensor
 
-from rwkv_backends.kernels import mixing, spans6, sparse, vector, wkv6
+from rwkv_backends.kernels import mixing, spans6, vector, wkv6
 from rwkv_backends.kernels.ffn import channel_mixing
 from rwkv_backends.kernels.tuning import Tuning
 from rwkv_runtime import Forward, Model, State
@@ -21,7 +21,6 @@ class Layer(NamedTuple):
 
     block: Block
     value: Matrix  # [F, C]: the value matrix turned round, so that an input that is zero skips a row of it
-    arrived: Tensor  # int32, zero: what `sparse.add_value` counts with
     scale: float  # of the residual stream after this layer
 
 
@@ -32,8 +31,7 @@ def pack(weights: Weights, tuning: Tuning) -> list[Layer]:
         halved = weights.rescaled and (i + 1) % RESCALE_EVERY == 0
         value, scale = block.ffn.value
         turned = value.t().contiguous() if tuning.vector_rows else value.t()
-        arrived = sparse.arrivals(value, len(value), tuning)
-        layers.append(Layer(block, Matrix(turned, scale), arrived, 0.5 if halved else 1.0))
+        layers.append(Layer(block, Matrix(turned, scale), 0.5 if halved else 1.0))
     return layers
 
 
@@ -57,7 +55,7 @@ def forward(model: Model, tuning: Tuning) -> Forward:
                 return logits.unsqueeze(1) if every else logits
             x = x.view(B, T, -1)
             x = x if every else x[:, -1]
-            return mixing.head(F.layer_norm(x, x.shape[-1:], *weights.ln_out), weights.head, tuning)
+            return linear(F.layer_norm(x, x.shape[-1:], *weights.ln_out), weights.head).float()
 
     return run
 
@@ -71,13 +69,8 @@ def _few(x: Tensor, att_x: Tensor, att_kv: Tensor, ffn_x: Tensor, layer: Layer, 
     norm = att.ln_x_weight, att.ln_x_bias
     out = wkv6.wkv(kvrg, low, att.decay_w2, att.decay, att.bonus, norm, att_kv, x, tuning)
     vector.add_product(out, att.output, x, tuning)
-    maa = ffn.maa_k, ffn.maa_r
-    if tuning.joins(x.shape[1]):
-        matrices = ffn.key, ffn.receptance, layer.value
-        channel_mixing(x, ffn_x, layer.block.ln2, maa, *matrices, layer.scale, tuning)
-    else:
-        normed, k, r = vector.key_receptance(x, ffn_x, layer.block.ln2, maa, ffn.key, ffn.receptance, tuning)
-        sparse.add_value(k, r, layer.value, normed, x, ffn_x, layer.scale, layer.arrived, tuning)
+    maa, matrices = (ffn.maa_k, ffn.maa_r), (ffn.key, ffn.receptance, layer.value)
+    channel_mixing(x, ffn_x, layer.block.ln2, maa, *matrices, layer.scale, tuning)
 
 
 def _many(x: Tensor, att_x: Tensor, att_kv: Tensor, ffn_x: Tensor, layer: Layer, tuning: Tuning) -> None:

@@ -10,7 +10,7 @@ from rwkv_layers.linear import Matrix, linear
 from rwkv_layers.rwkv7 import Adapter, Block, TimeMixing, Weights
 from torch import Tensor
 
-from rwkv_backends.kernels import chunk7, mixing, sparse, vector, vector7, wkv7
+from rwkv_backends.kernels import chunk7, mixing, vector, vector7, wkv7
 from rwkv_backends.kernels.ffn import channel_mixing
 from rwkv_backends.kernels.tuning import Tuning
 from rwkv_backends.kernels.wkv7 import Heads, Ups
@@ -27,7 +27,6 @@ class Layer(NamedTuple):
     ups: Ups
     heads: Heads
     value: Matrix  # [F, C]: the value matrix turned round, so that an input that is zero skips a row of it
-    arrived: Tensor  # int32, zero: what `sparse.add_value` counts with
 
 
 def pack(weights: Weights, tuning: Tuning) -> list[Layer]:
@@ -37,8 +36,7 @@ def pack(weights: Weights, tuning: Tuning) -> list[Layer]:
         value, scale = block.ffn.value
         turned = value.t().contiguous() if tuning.vector_rows else value.t()
         mu = block.att.shift.flatten(0, -2)
-        matrix, arrived = Matrix(turned, scale), sparse.arrivals(value, len(value), tuning)
-        layers.append(Layer(block, mu, *_adapters(block.att, tuning), _heads(block.att), matrix, arrived))
+        layers.append(Layer(block, mu, *_adapters(block.att, tuning), _heads(block.att), Matrix(turned, scale)))
     return layers
 
 
@@ -79,7 +77,7 @@ def forward(model: Model, tuning: Tuning) -> Forward:
                 return logits.unsqueeze(1) if every else logits
             x = x.view(B, T, -1)
             x = x if every else x[:, -1]
-            return mixing.head(F.layer_norm(x, x.shape[-1:], *weights.ln_out), weights.head, tuning)
+            return linear(F.layer_norm(x, x.shape[-1:], *weights.ln_out), weights.head).float()
 
     return run
 
@@ -91,12 +89,7 @@ def _few(x: Tensor, att_x: Tensor, att_kv: Tensor, ffn_x: Tensor, first: Tensor,
     normed, rkv, low = vector7.rkv(x, att_x, layer.block.ln1, layer.mu, matrices, layer.down, layer.which, tuning)
     out = wkv7.step(rkv, low, layer.ups, layer.heads, first, att_kv, x, tuning, (normed, att_x))
     vector.add_product(out, att.output, x, tuning)
-    if tuning.joins(x.shape[1]):
-        maa = ffn.shift, None
-        channel_mixing(x, ffn_x, layer.block.ln2, maa, ffn.key, None, layer.value, 1.0, tuning)
-    else:
-        normed, k = vector.key_alone(x, ffn_x, layer.block.ln2, ffn.shift, ffn.key, tuning)
-        sparse.add_value(k, None, layer.value, normed, x, ffn_x, 1.0, layer.arrived, tuning)
+    channel_mixing(x, ffn_x, layer.block.ln2, (ffn.shift, None), ffn.key, None, layer.value, 1.0, tuning)
 
 
 def _many(x: Tensor, att_x: Tensor, att_kv: Tensor, ffn_x: Tensor, first: Tensor, layer: Layer, tuning: Tuning) -> None:

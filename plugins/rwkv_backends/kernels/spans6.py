@@ -158,8 +158,7 @@ def wkv(
     slots = triton.cdiv(T, span)
     # Inputs of 16 bits have no more digits than one pass through the tensor cores keeps.
     precision = "tf32x3" if kvrg.dtype == torch.float32 else "tf32"
-    halves = kvrg.dtype == torch.bfloat16 and tuning.wkv_halves
-    table = between(span, torch.bfloat16 if halves else torch.float32, kvrg.device)
+    table = between(span, torch.bfloat16 if kvrg.dtype == torch.bfloat16 else torch.float32, kvrg.device)
     sizes = {"D": D, "RANK": max(16, triton.next_power_of_2(D)), "N": N, "SPAN": span, "HALVINGS": len(table) - 2}
     warps = max(1, min(8, span * N * kvrg.element_size() // 2048))
     options = {"PRECISION": precision, "num_warps": warps}
@@ -169,6 +168,6 @@ def wkv(
     carry_kernel[B * H, N * N // block](kv, kept, states, slots, H, N, block, num_warps=2)
     out = like.new_empty(M, C)
     args = kvrg, low, w, decay, table, u, *norm, states, out, M, T, slots, H
-    limited = kvrg.element_size() == 2 and N <= 64
-    outputs_kernel[slots, H, B](*args, **sizes, **options, maxnreg=tuning.wkv_registers if limited else None)
+    registers = 168 if kvrg.element_size() == 2 and N <= 64 else None  # three programs share a multiprocessor
+    outputs_kernel[slots, H, B](*args, **sizes, **options, maxnreg=registers)
     return out

@@ -22,59 +22,21 @@ class Tuning:
     tile_rows: int = 2
     """Rows of a matrix that a program holds at once, each from end to end; it has asked for as many again, twice."""
     pieces_from: int = 2049
-    """Rows of so many columns, or more, are held as two pieces where that leaves fewer threads idle (`rows.py`)."""
-    warp_cols: int = 512
-    """Columns of a row that a warp holds, as far as programs may be that large."""
-    value_rows: int = 32
-    """Inputs of the value matrix that a program looks at together; those that are zero are not read."""
-    value_cols: int = 128
-    """Its outputs that a program adds to; several share them, each some of the inputs."""
-    key_value: int = 2
-    """Whether the program that has an input of the value matrix goes on to that matrix itself (`ffn.py`): never (0),
-    always (1), where a row is one piece (2)."""
-    ffn_pieces: bool = True
-    """Whether that program holds rows as pieces, too."""
-    part_cols: int = 16
-    """Outputs of which a program then adds up what those have."""
-    head_widens: bool = False
-    """Whether cuBLAS writes the logits of many rows as float32 itself, instead of a copy after it."""
+    """Rows of so many columns, or more, are held as two pieces where that leaves fewer threads idle (`rows.py`). From
+    2560 on it is a gain; fewer, in programs of four warps at most, of which more find room, were not measured."""
     lerp_rows: int = 64
     """Tokens of one program that mixes inputs, where there are more than 16; half as many in float32."""
     lerp_cols: int = 64
     """Its channels."""
     lerp_split: int = 512
     """Up to so many tokens a program makes one of the five mixtures: more programs, each reading what they share."""
-    lerp_stages: int = 3
-    """Mixtures under way in it: while one is worked out the weights of the next ones are on their way."""
-    lerp_registers: int = 168
-    """Registers a thread of it: 168 let three programs share a multiprocessor, 128 four."""
-    lerp_warps: int = 4
-    """Warps of it."""
     chunk: int = 16
     """RWKV-7: tokens of a prompt between two states that are computed: at least 16, the least of Triton's products."""
     span: int = 64
     """Tokens of a prompt one program works on, all spans at once: at least 16, in RWKV-7 a chunk. RWKV-6 in float32
     takes half as many."""
-    wkv_halves: bool = True
-    """Whether a model in bfloat16 has the products of `spans6` in bfloat16, too, instead of tf32."""
-    wkv_registers: int = 168
-    """Registers a thread of its largest kernel: 128 let four programs share a multiprocessor, 168 three."""
     state_cols: int = 32
     """Columns of a head's state that one program carries through a prompt: from 16 to the head size."""
-
-    def pieces(self, C: int) -> tuple[int, int]:
-        """Powers of two that together hold C columns; the second may be 0."""
-        whole = 1 << (C - 1).bit_length()
-        rest = 1 << (C - whole // 2 - 1).bit_length()
-        return (whole // 2, rest) if self.pieces_from <= C and rest < whole // 2 else (whole, 0)
-
-    def joins(self, C: int) -> bool:
-        """Whether the key and the value matrix of a model of C channels are one kernel's."""
-        return self.key_value == 1 or (self.key_value == 2 and not self.pieces(C)[1])
-
-    def warps(self, C: int) -> int:
-        """Of a program that holds rows of C columns: usually 16 to 24 of them a thread."""
-        return max(1, min(8, self.pieces(C)[0] // self.warp_cols))
 
     @property
     def launch(self) -> dict[str, Any]:

@@ -51,9 +51,6 @@ def products(x, w, ahead, w_ptr, scale_ptr, scale_at, out_ptr, begin, stop, D, c
         y = times(w, x)
         if scale_ptr is not None:
             y *= tl.load(scale_ptr + scale_at + rows, mask=rows < end, other=0.0)
-        if THEN == "relu squared":
-            y = tl.maximum(y, 0.0)
-            y = y * y
         if THEN == "sigmoid":
             y = tl.sigmoid(y)
         if THEN == "add":
@@ -141,39 +138,6 @@ def add_kernel(y_ptr, w_ptr, scale_ptr, x_ptr, C: tl.constexpr, BLOCK: tl.conste
 
 
 @triton.jit
-def key_receptance_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_k_ptr, maa_r_ptr, key_ptr, key_scale_ptr,
-                          receptance_ptr, receptance_scale_ptr, normed_ptr, k_ptr, r_ptr, F, KEYS, C: tl.constexpr,
-                          BLOCK: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr,
-                          OVERLAP: tl.constexpr):  # fmt: skip
-    let_next_begin(OVERLAP)
-    b = tl.program_id(1)
-    cols = columns(BLOCK, REST)
-    if tl.program_id(0) < KEYS:
-        begin, stop = share(tl.program_id(0), KEYS, tl.cdiv(F, ROWS))
-        w, ahead = first_tiles(key_ptr, begin, stop, F, cols, C, ROWS)
-        weight, bias = load_row(weight_ptr, cols, C), load_row(bias_ptr, cols, C)
-        maa, prev = load_row(maa_k_ptr, cols, C), load_row(prev_ptr + b * C, cols, C)
-        wait_for_earlier(OVERLAP)
-        x = norm_of(x_ptr + b * C, weight, bias, cols, C)
-        if tl.program_id(0) == 0:
-            store_row(normed_ptr + b * C, x, cols, C)
-        x = plus_product(x, minus(prev, x), maa)
-        k_at = k_ptr + b * F
-        products(x, w, ahead, key_ptr, key_scale_ptr, 0, k_at, begin, stop, F, cols, C, ROWS, "relu squared")
-    elif receptance_ptr is not None:
-        begin, stop = share(tl.program_id(0) - KEYS, tl.num_programs(0) - KEYS, tl.cdiv(C, ROWS))
-        w, ahead = first_tiles(receptance_ptr, begin, stop, C, cols, C, ROWS)
-        weight, bias = load_row(weight_ptr, cols, C), load_row(bias_ptr, cols, C)
-        maa, prev = load_row(maa_r_ptr, cols, C), load_row(prev_ptr + b * C, cols, C)
-        wait_for_earlier(OVERLAP)
-        x = norm_of(x_ptr + b * C, weight, bias, cols, C)
-        x = plus_product(x, minus(prev, x), maa)
-        r_at = r_ptr + b * C
-        products(x, w, ahead, receptance_ptr, receptance_scale_ptr, 0, r_at, begin, stop, C, cols, C, ROWS,
-                 "sigmoid")  # fmt: skip
-
-
-@triton.jit
 def head_kernel(x_ptr, weight_ptr, bias_ptr, w_ptr, scale_ptr, out_ptr, V, C: tl.constexpr, BLOCK: tl.constexpr,
                 REST: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     let_next_begin(OVERLAP)
@@ -225,36 +189,6 @@ def add_product(y: Tensor, w: Matrix, x: Tensor, tuning: Tuning) -> None:
     B, C = x.shape
     rows = Rows(C, C, tuning)
     add_kernel[rows.programs(C), B](y, *w, x, **rows.options(x))
-
-
-def key_receptance(
-    x: Tensor, prev: Tensor, norm: tuple[Tensor, Tensor], maa: tuple[Tensor, Tensor], key: Matrix, receptance: Matrix,
-    tuning: Tuning,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """x, prev [B, C], key [F, C], receptance [C, C] -> LN(x) [B, C], relu(key)^2 [B, F], sigmoid(receptance) [B, C].
-
-    The last is float32. `prev` is left for `add_value` to update: here every program reads all of it.
-    """
-    (B, C), F = x.shape, key.weight.shape[0]
-    normed, k, r = torch.empty_like(x), x.new_empty(B, F), x.new_empty(B, C, dtype=torch.float32)
-    rows = Rows(C, F + C, tuning)
-    keys = rows.programs(F)
-    grid = (keys + rows.programs(C), B)
-    key_receptance_kernel[grid](x, prev, *norm, *maa, *key, *receptance, normed, k, r, F, keys, **rows.options(x))
-    return normed, k, r
-
-
-def key_alone(
-    x: Tensor, prev: Tensor, norm: tuple[Tensor, Tensor], maa: Tensor, key: Matrix, tuning: Tuning
-) -> tuple[Tensor, Tensor]:
-    """As `key_receptance` without the receptance, which RWKV-7 does not have."""
-    (B, C), F = x.shape, key.weight.shape[0]
-    normed, k = torch.empty_like(x), x.new_empty(B, F)
-    rows = Rows(C, F, tuning)
-    keys = rows.programs(F)
-    none = (None, None)
-    key_receptance_kernel[keys, B](x, prev, *norm, maa, None, *key, *none, normed, k, None, F, keys, **rows.options(x))
-    return normed, k
 
 
 def head(x: Tensor, norm: tuple[Tensor, Tensor], w: Matrix, tuning: Tuning) -> Tensor:
