@@ -54,8 +54,8 @@ def wkv(
 ) -> Tensor:
     """kvrg [4, B, C]; decay exp(-exp(decay + W tanh(low))), low [B, D], w [C, D], decay [C]; u and both of norm [H, N].
 
-    Returns LN_head(o) silu(g) [B, C], of the dtype of `like`. kv [B, H, K, V], float32 or float16, is updated in place; its
-    rows are contiguous: one layer of a state, or of a view of its rows.
+    Returns LN_head(o) silu(g) [B, C], of the dtype of `like`. kv [B, H, K, V], float32 or float16, is updated in
+    place; its rows are contiguous: one layer of a state, or of a view of its rows.
     """
     _, B, C = kvrg.shape
     H, N = u.shape
