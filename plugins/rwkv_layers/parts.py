@@ -34,11 +34,6 @@ def state_spec(config: ModelConfig, dtype: torch.dtype) -> dict[str, TensorSpec]
     }
 
 
-def keep(state: Tensor, value: Tensor) -> None:
-    """Into the state, as it is kept; what is beyond float16's range becomes its largest number, not infinity."""
-    state.copy_(value.clamp(-65504.0, 65504.0) if state.dtype == torch.float16 else value)
-
-
 def initial_state(tensors: Mapping[str, Tensor], config: ModelConfig, place: Place) -> dict[str, Tensor]:
     """The WKV states of a state-tuned file, which keeps them as [H, V, K]."""
     shapes = expected_state(config, tensors)

@@ -165,7 +165,7 @@ class RWKV6(Architecture):
             kv = att_kv.float()  # itself, unless it is kept in 16 bits
             x = x + time_mixing(torch.layer_norm(x, size, *block.ln1), att_x, kv, block.att)
             if kv.dtype != att_kv.dtype:
-                parts.keep(att_kv, kv)
+                state.keep("att_kv", i, kv)
             x = x + channel_mixing(torch.layer_norm(x, size, *block.ln2), ffn_x, block.ffn)
             if weights.rescaled and (i + 1) % RESCALE_EVERY == 0:
                 x = x / 2

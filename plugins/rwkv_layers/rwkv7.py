@@ -167,7 +167,7 @@ class RWKV7(Architecture):
             x_att = F.layer_norm(x, size, *block.ln1)
             y, x_prev, kv, v_first = time_mixing(x_att, att_x, att_kv.float(), v_first, block.att)
             att_x.copy_(x_prev)
-            parts.keep(att_kv, kv)
+            state.keep("att_kv", i, kv)
             x = x + y
             y, x_prev = channel_mixing(F.layer_norm(x, size, *block.ln2), ffn_x, block.ffn)
             ffn_x.copy_(x_prev)
