@@ -27,7 +27,7 @@ from benchmarks.checkpoints import SIZES, Checkpoint, make_checkpoint
 from rwkv_runtime import Model, Plugins
 from rwkv_runtime.checkpoint import build_model
 from rwkv_runtime.engine import Engine
-from rwkv_runtime.runtime import DTYPES
+from rwkv_runtime.runtime import DTYPES, STATE_DTYPES
 from rwkv_runtime.tokenizer import load_tokenizer, world_vocabulary
 
 CUDA = torch.device("cuda", 0)
@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--architecture", default="rwkv6")
     parser.add_argument("--size", default="1.6b", choices=SIZES)
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
+    parser.add_argument("--state-dtype", default="float32", choices=STATE_DTYPES, help="of the recurrent state")
     parser.add_argument("--batch", type=int, action="append", default=[], help="rows of a decode step; may be repeated")
     parser.add_argument("--length", type=int, action="append", default=[], help="tokens of a prompt; may be repeated")
     parser.add_argument("--sampler", default="nucleus")
@@ -62,8 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         tensors = checkpoint.tensors()
         if options.zeros is not None:
             tensors = with_zeros(tensors, options.zeros)
-        model = build_model(tensors, plugins.architectures, CUDA)
-    print(f"{torch.cuda.get_device_name()}: {ceilings.read():.0f} GB/s read", flush=True)
+        kept = STATE_DTYPES[options.state_dtype]
+        model = build_model(tensors, plugins.architectures, CUDA, state_dtype=kept)
+    print(f"{torch.cuda.get_device_name()}: {ceilings.read():.0f} GB/s read; state {options.state_dtype}", flush=True)
     expected: dict[int, torch.Tensor] = {}
     for tuning in [Tuning(), *options.tries]:
         differs = ", ".join(f"{name}={value}" for name, value in changes(tuning).items()) or "as it is"
@@ -139,9 +141,8 @@ def prompt_step(model: Model, tuning: Tuning, length: int) -> Callable[[], None]
 
 
 def decode_share(checkpoint: Checkpoint, model: Model, rows: int, ceilings: Ceilings) -> Callable[[float], str]:
-    spec = model.architecture.state_spec(model.config, model.dtype).values()
-    layer = sum(torch.Size(s.shape).numel() * s.dtype.itemsize for s in spec)
-    moved = checkpoint.matrix_bytes + 2 * rows * model.config.n_layer * layer
+    """A step reads every matrix once, and each row's state, as it is kept, which it also writes."""
+    moved = checkpoint.matrix_bytes + 2 * rows * model.new_state().nbytes
     return lambda seconds: f"{rows / seconds:.0f} tok/s, {moved / seconds / 1e9 / ceilings.read():.1%} of the read rate"
 
 

@@ -56,7 +56,8 @@ class Backend(ABC):
     def why_not(self, model: Model | None) -> str | None:
         """None where this backend can be used here, otherwise the reason, shown to the user.
 
-        Without a model the answer is about the machine alone.
+        Without a model the answer is about the machine alone. Of a model, its dtype, its device and the dtype of its
+        states are what a backend may not know.
         """
         return None
 

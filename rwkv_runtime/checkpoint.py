@@ -170,15 +170,19 @@ def build_model(
     source: str = "checkpoint",
     progress: Progress | None = None,
     quant: str | None = None,
+    state_dtype: torch.dtype = torch.float32,
 ) -> Model:
     """Puts a model together on a device. dtype None: the file's own.
 
-    Raises CheckpointError, or OptionError for a quantization that the file's architecture does not have.
+    Raises CheckpointError, or OptionError for a quantization, or a state in 16 bits, that the file's architecture
+    does not have.
     """
     architecture = find_architecture(tensors, architectures, source)
     if quant is not None and quant not in architecture.quantizations:
         known = ", ".join(architecture.quantizations) or "none"
         raise OptionError(f"{source}: {architecture.name} has no quantization {quant!r}; it has {known}")
+    if state_dtype != torch.float32 and not architecture.rounded:
+        raise OptionError(f"{source}: {architecture.name} has no state in 16 bits")
     try:
         config = architecture.config({name: tuple(t.shape) for name, t in tensors.items()})
         dtype = dtype or _own_dtype(tensors)
@@ -189,7 +193,7 @@ def build_model(
         raise CheckpointError(f"{source}: {error}") from None
     if progress:
         progress(place.total, place.total)  # a file may hold more than the model needs
-    return Model(architecture, config, weights, device, dtype, initial, source, quant)
+    return Model(architecture, config, weights, device, dtype, initial, source, quant, state_dtype)
 
 
 def _own_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:

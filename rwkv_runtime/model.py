@@ -52,6 +52,8 @@ class Architecture(ABC):
     """Typed tensor functions that torch.jit.script accepts, by name."""
     quantizations: ClassVar[Sequence[str]] = ()
     """Names that `--quant` may have: how `weights` can make what it returns smaller than the file has it."""
+    rounded: ClassVar[Sequence[str]] = ()
+    """Names of `state_spec` that may be kept in 16 bits where they are float32; `forward` widens them."""
 
     @abstractmethod
     def why_not(self, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
@@ -112,8 +114,12 @@ class Model:
     initial: Mapping[str, Tensor] = field(default_factory=dict)
     source: str = ""
     quant: str | None = None
+    state_dtype: torch.dtype = torch.float32
+    """Of what the architecture has as `rounded`."""
 
     def new_state(self, rows: int = 1) -> State:
         """Fresh state of `rows` rows on the model's device."""
-        spec = self.architecture.state_spec(self.config, self.dtype)
+        spec = dict(self.architecture.state_spec(self.config, self.dtype))
+        for name in self.architecture.rounded:
+            spec[name] = spec[name]._replace(dtype=self.state_dtype)
         return State.allocate(spec, self.config.n_layer, rows, self.device, self.initial, self.architecture.name)

@@ -28,6 +28,9 @@ WORLD_SIZES = (65529, 65530, 65536)
 ENGINES = 4
 """How many engines, each with its batch of states, a runtime keeps for the next text."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHORT = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+STATE_DTYPES = {"float32": torch.float32, "float16": torch.float16}
+"""bfloat16 is not one: with 8 bits a sum of many small steps stands still."""
 logger = logging.getLogger("rwkv_runtime")
 
 
@@ -40,6 +43,7 @@ def load(
     vocab: str | os.PathLike[str] | None = None,
     sha256: str | None = None,
     quant: str | None = None,
+    state_dtype: str | None = None,
     plugins: Plugins | None = None,
     progress: Progress | None = None,
 ) -> Runtime:
@@ -47,12 +51,12 @@ def load(
 
     dtype is "bfloat16", "float16" or "float32" (default: the file's own); device is "cpu" or "cuda"
     (default: CUDA where there is one). quant "int8" rounds the large matrices to 8 bits, which halves a 16-bit model;
-    what is computed with them stays in dtype. The vocabulary is `vocab`, else a file `NAME.vocab.txt` beside
-    the checkpoint, else RWKV World's where the model has its size. Raises CheckpointError,
-    VocabularyError or OptionError.
+    what is computed with them stays in dtype. state_dtype "float16" keeps the recurrent state in 16 bits, computed with
+    in float32 (default: "float32"). The vocabulary is `vocab`, else a file `NAME.vocab.txt` beside the checkpoint, else
+    RWKV World's where the model has its size. Raises CheckpointError, VocabularyError or OptionError.
     """
     plugins = plugins or load_plugins()
-    where, kind = parse_device(device), parse_dtype(dtype)
+    where, kind, kept = parse_device(device), parse_dtype(dtype), parse_state_dtype(state_dtype)
     if backend != AUTO:
         plugins.backends.get(backend)
     check_quant(quant, plugins)
@@ -60,7 +64,7 @@ def load(
     if sha256:
         check_sha256(path, sha256)
     tensors = open_tensors(path)
-    model = build_model(tensors, plugins.architectures, where, kind, str(path), progress, quant)
+    model = build_model(tensors, plugins.architectures, where, kind, str(path), progress, quant, kept)
     tokenizer = find_vocabulary(path, vocab, model.config.vocab_size)
     return Runtime(model, tokenizer, plugins, backend)
 
@@ -93,11 +97,20 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
     """Raises OptionError for a name that is not one of DTYPES."""
     if name is None:
         return None
-    short = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
-    full = short.get(name, name)
+    full = SHORT.get(name, name)
     if full not in DTYPES:
         raise OptionError(f"there is no dtype {name!r}; {there_are(DTYPES)}")
     return DTYPES[full]
+
+
+def parse_state_dtype(name: str | None) -> torch.dtype:
+    """Raises OptionError for a name that is not one of STATE_DTYPES."""
+    if name is None:
+        return torch.float32
+    full = SHORT.get(name, name)
+    if full not in STATE_DTYPES:
+        raise OptionError(f"there is no state dtype {name!r}; {there_are(STATE_DTYPES)}")
+    return STATE_DTYPES[full]
 
 
 def check_quant(name: str | None, plugins: Plugins) -> None:

@@ -100,7 +100,8 @@ def _placed(loaded: State, model: Model) -> State:
         raise StateError(f"a state of {loaded.rows} texts; one is expected")
     state.copy(loaded, 0, 0)
     for name, t in state.tensors.items():
-        if not loaded[name].is_floating_point() or not bool(torch.isfinite(t).all()):
+        finite = all(bool(torch.isfinite(read).all()) for read in (loaded[name], t))  # 16 bits hide infinity
+        if not loaded[name].is_floating_point() or not finite:
             raise StateError(f"the state's {name!r} is damaged: not finite, or not {t.dtype}")
     return state
 

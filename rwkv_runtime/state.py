@@ -21,6 +21,13 @@ class TensorSpec(NamedTuple):
         return torch.zeros(leading + self.shape, dtype=self.dtype, device=device)
 
 
+def _write(kept: Tensor, value: Tensor) -> None:
+    """What is beyond float16's range becomes its largest number, not infinity."""
+    if kept.dtype == torch.float16 and value.dtype != torch.float16:
+        value = value.clamp(-65504.0, 65504.0)
+    kept.copy_(value)
+
+
 class State:
     """Named tensors [L, B, ...]: layer first, so that one layer of all rows is contiguous; then the row.
 
@@ -75,7 +82,7 @@ class State:
         """Makes a row fresh."""
         for name, t in self.tensors.items():
             if name in self.initial:
-                t[:, row].copy_(self.initial[name])
+                _write(t[:, row], self.initial[name])
             else:
                 t[:, row].zero_()
 
@@ -86,7 +93,11 @@ class State:
         """
         self.check(source)
         for name, t in self.tensors.items():
-            t[:, row].copy_(source.tensors[name][:, source_row])
+            _write(t[:, row], source.tensors[name][:, source_row])
+
+    def keep(self, name: str, layer: int, value: Tensor) -> None:
+        """Makes `value` [B, ...] what all rows hold in a layer, rounded where they are kept in fewer bits."""
+        _write(self.tensors[name][layer], value)
 
     def check(self, other: State) -> None:
         """Raises StateError unless `other` has this state's architecture, names, shapes (rows apart) and layers."""

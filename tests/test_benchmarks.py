@@ -11,11 +11,12 @@ import torch
 from helpers import apart
 
 from benchmarks import suite
+from benchmarks.ceilings import Ceilings
 from benchmarks.checkpoints import SIZES, make_checkpoint
 from benchmarks.contestants import PER_OP
 from benchmarks.entrants import entrants
 from benchmarks.fla import CHUNKED, OP, STEP, calling
-from benchmarks.kernels import with_zeros
+from benchmarks.kernels import decode_share, with_zeros
 from benchmarks.llama import gguf_tensors
 from benchmarks.package import PACKAGE, SWITCHES
 from benchmarks.report import main
@@ -263,6 +264,22 @@ def test_zeros_among_the_inputs_of_the_value_matrix_are_counted() -> None:
     shares = zero_inputs(model, range(100, 164))
     assert len(shares) == model.config.n_layer
     assert all(0.5 < share < 1 for share in shares)  # trained: more than by chance
+
+
+def test_a_step_moves_the_bytes_that_its_states_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugins = Plugins.load()
+    checkpoint = make_checkpoint(plugins.architectures.get("rwkv6"), "tiny", "float32", tmp_path)
+    monkeypatch.setattr(Ceilings, "read", lambda self: 1.0)
+    moved, rows = {}, 10_000
+    for dtype in (torch.float32, torch.float16):
+        model = build_model(checkpoint.tensors(), plugins.architectures, CPU, state_dtype=dtype)
+        text = decode_share(checkpoint, model, rows, Ceilings(CPU, smoke=True))(1.0)
+        moved[dtype] = float(text.split(", ")[1].split("%")[0]) * 1e7
+    c = model.config
+    saved = 2 * rows * c.n_layer * c.n_head * c.head_size**2 * 2
+    assert moved[torch.float32] - moved[torch.float16] == pytest.approx(
+        saved, abs=2e6
+    )  # printed are tenths of a percent of 1 GB
 
 
 def test_zeros_are_made_as_many_as_asked_for(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -90,6 +91,25 @@ def test_every_kernel_compiles_for_hopper_and_spills_nothing(
     for kernel in kernels:
         if kernel.name in readers:
             assert "v4.b32" in kernel.ptx, kernel.name
+
+
+@needs_triton
+@needs_compiler
+@pytest.mark.parametrize(("head_size", "dtype"), [(64, torch.bfloat16), (32, torch.float32)], ids=str)
+def test_kernels_of_a_state_in_16_bits_compile_for_hopper_and_spill_nothing(
+    architecture: Architecture, plugins: Plugins, head_size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sm90 import as_on_a_gpu, compiled
+
+    config = architecture.sizes(2, 256, 260, head_size)
+    model = build_model(architecture.random(config, dtype=dtype), plugins.architectures, CPU, state_dtype=torch.float16)
+    model = replace(model, weights=as_on_a_gpu(model.weights, dtype))
+    forward = import_module(FAMILIES[architecture.name]).forward(model, Tuning())
+    kernels = compiled(forward, model, [(1, 1), (32, 1), (1, 2), (1, Tuning().span + 1)], monkeypatch)
+    assert [kernel.name for kernel in kernels if kernel.spilled] == []
+    writers = {"rwkv6": {"wkv_kernel", "carry_kernel"}, "rwkv7": {"step_kernel", "through_kernel"}}[architecture.name]
+    converting = {kernel.name for kernel in kernels if re.search(r"cvt\.rn\.f16(x2)?\.f32", kernel.ptx)}
+    assert converting >= writers
 
 
 @needs_triton

@@ -135,6 +135,43 @@ def test_prompts_say_what_plain_pytorch_says(plugins: Plugins, name: str, dtype:
         no_further(*(state[name] for state in states))
 
 
+def in_16_bits(model: Model) -> Model:
+    return replace(model, state_dtype=torch.float16)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 9])
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+@pytest.mark.usefixtures("poisoned")
+def test_captured_steps_with_a_state_in_16_bits(
+    plugins: Plugins, tokenizer: Tokenizer, name: str, dtype: torch.dtype, rows: int
+) -> None:
+    """As near to all in float32 as plain PyTorch with such a state is."""
+    model, in_full = pair(plugins, dtype, name)
+    model = in_16_bits(model)
+    plain, exact = (forced(Engine(m, Eager(), Nucleus(), tokenizer, rows), TOKENS, rows) for m in (model, in_full))
+    engine = Engine(model, Fused(), Nucleus(), tokenizer, rows)
+    assert engine.state["att_kv"].dtype == torch.float16
+    first, second = (forced(engine, TOKENS, rows) for _ in range(2))
+    assert bool(first.isfinite().all())
+    no_further(first, plain, exact)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("T", [2, 100, 1000])
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+@pytest.mark.usefixtures("poisoned")
+def test_prompts_with_a_state_in_16_bits(plugins: Plugins, name: str, dtype: torch.dtype, T: int) -> None:
+    """Then one token more, which reads what the prompt left."""
+    model, in_full = pair(plugins, dtype, name)
+    tokens = torch.tensor([tokens_of(T + 1, seed) for seed in range(3)], device="cuda")
+    states = [in_16_bits(model).new_state(3), in_16_bits(model).new_state(3), in_full.new_state(3)]
+    passes = [Fused().forward(in_16_bits(model)), Eager().forward(model), Eager().forward(in_full)]
+    for part in tokens.split([T, 1], dim=1):
+        no_further(*(run(part, state, every=True) for run, state in zip(passes, states, strict=True)))
+    for tensor in states[0].tensors:
+        no_further(*(state[tensor] for state in states))
+
+
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_it_is_near_the_reference(plugins: Plugins, name: str) -> None:
     architecture = plugins.architectures.get(name)

@@ -104,6 +104,7 @@ class RWKV6(Architecture):
     summary = "RWKV-6 (x060, Finch)"
     ops = {"time_mixing": time_mixing, "channel_mixing": channel_mixing}
     quantizations = QUANTIZATIONS
+    rounded = ("att_kv",)
 
     def why_not(self, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
         return why_not(shapes, "RWKV-6", ".att.time_maa_*")
@@ -161,7 +162,10 @@ class RWKV6(Architecture):
         names = ("att_x_prev", "att_kv", "ffn_x_prev")
         layers = zip(weights.blocks, *(state[name].unbind(0) for name in names), strict=True)
         for i, (block, att_x, att_kv, ffn_x) in enumerate(layers):
-            x = x + time_mixing(torch.layer_norm(x, size, *block.ln1), att_x, att_kv, block.att)
+            kv = att_kv.float()  # itself, unless it is kept in 16 bits
+            x = x + time_mixing(torch.layer_norm(x, size, *block.ln1), att_x, kv, block.att)
+            if kv.dtype != att_kv.dtype:
+                state.keep("att_kv", i, kv)
             x = x + channel_mixing(torch.layer_norm(x, size, *block.ln2), ffn_x, block.ffn)
             if weights.rescaled and (i + 1) % RESCALE_EVERY == 0:
                 x = x / 2

@@ -118,6 +118,7 @@ class RWKV7(Architecture):
     summary = "RWKV-7 (x070, Goose)"
     ops = {"time_mixing": time_mixing, "channel_mixing": channel_mixing}
     quantizations = QUANTIZATIONS
+    rounded = ("att_kv",)
 
     def why_not(self, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
         return why_not(shapes, "RWKV-7", ".att.r_k")
@@ -164,9 +165,9 @@ class RWKV7(Architecture):
         for i, block in enumerate(weights.blocks):
             att_x, att_kv, ffn_x = state["att_x_prev"][i], state["att_kv"][i], state["ffn_x_prev"][i]
             x_att = F.layer_norm(x, size, *block.ln1)
-            y, x_prev, kv, v_first = time_mixing(x_att, att_x, att_kv, v_first, block.att)
+            y, x_prev, kv, v_first = time_mixing(x_att, att_x, att_kv.float(), v_first, block.att)
             att_x.copy_(x_prev)
-            att_kv.copy_(kv)
+            state.keep("att_kv", i, kv)
             x = x + y
             y, x_prev = channel_mixing(F.layer_norm(x, size, *block.ln2), ffn_x, block.ffn)
             ffn_x.copy_(x_prev)

@@ -55,6 +55,7 @@ line wins over the environment, the environment over the file."""
 @click.option("--device", help="cpu, cuda or cuda:N.  [default: cuda where there is one]")
 @click.option("--dtype", help="float32, bfloat16 or float16.  [default: the file's own]")
 @click.option("--quant", help="int8: large matrices in 8 bits, half the memory.  [default: as they are]")
+@click.option("--state-dtype", help="float16: the recurrent state in 16 bits.  [default: float32]")
 @click.option("--threads", type=CountType(1, 1024), help="CPU threads.  [default: torch's own choice]")
 @click.option("-n", "--max-tokens", type=CountType(1), default=512, show_default=True, help="Most tokens to write.")
 @click.option("--seconds", type=click.FloatRange(min=0, min_open=True), help="Most seconds to write for.")

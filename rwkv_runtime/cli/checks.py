@@ -11,7 +11,7 @@ from typing import Any
 
 from rwkv_runtime.errors import OptionError, StateError
 from rwkv_runtime.plugins import Plugins
-from rwkv_runtime.runtime import AUTO, check_quant, parse_device, parse_dtype
+from rwkv_runtime.runtime import AUTO, check_quant, parse_device, parse_dtype, parse_state_dtype
 from rwkv_runtime.sampler import check_params
 from rwkv_runtime.snapshot import check_snapshot
 
@@ -23,6 +23,7 @@ def check(options: Mapping[str, Any], plugins: Plugins) -> None:
     check_params(plugins.sampler(options["sampler"]), options["params"])
     parse_device(options["device"])
     parse_dtype(options["dtype"])
+    parse_state_dtype(options["state_dtype"])
     check_quant(options["quant"], plugins)
     if options["sha256"] and not re.fullmatch(r"\s*[0-9a-fA-F]{64}\s*", options["sha256"]):
         raise OptionError("--sha256 is 64 hexadecimal digits")

@@ -106,6 +106,7 @@ class Session:
                 vocab=options["vocab"],
                 sha256=options["sha256"],
                 quant=options["quant"],
+                state_dtype=options["state_dtype"],
                 plugins=plugins,
                 progress=progress,
             )

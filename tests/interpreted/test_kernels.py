@@ -140,3 +140,15 @@ def test_one_token_through_the_wkv(dtype: torch.dtype, decay: str, N: int) -> No
     close(dtype, (out, gated(o, kvrg[3], norm)), (kv[:B], end))
     assert out.dtype == dtype
     assert torch.equal(kv[B], spare)
+
+
+def test_a_state_in_float16_stops_at_its_largest_number() -> None:
+    """One that forgets nothing."""
+    draw, H, N = Draw(torch.float32), 2, 16
+    kvrg, low, w, raw = draw(4, B, H * N) * 100, draw(B, D), 0.1 * draw(H * N, D), torch.full((H * N,), -100.0)
+    u, norm, kv = draw(H, N), (draw(H, N), draw(H, N)), draw(B, H, N, N).mul(1e5).clamp(-65504, 65504).half()
+    o, end = recurrence(kvrg, torch.ones(B, H * N), u, kv)
+    out = wkv6.wkv(kvrg, low, w, raw, u, norm, kv, draw(1), TUNING)
+    close(torch.float32, (out, gated(o, kvrg[3], norm)))
+    assert bool((end.abs() > 65520).any())
+    torch.testing.assert_close(kv, end.clamp(-65504, 65504).half())

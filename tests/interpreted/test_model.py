@@ -52,6 +52,22 @@ def test_logits_are_those_of_the_reference(
         assert apart(read(model, tuning, tokens, [1, 1, 18, 2])[0], expected) < 1e-4
 
 
+@pytest.mark.parametrize("tuning", [FEW, MANY, replace(MANY, span=16, chunk=16)], ids=["few", "many", "spans"])
+def test_a_state_may_be_kept_in_16_bits(architecture: Architecture, plugins: Plugins, tuning: Tuning) -> None:
+    """Computed with in float32, rounded once a call."""
+    model = built(random(architecture, 1, 48, 16, 37, 5), plugins)
+    forward = import_module(FAMILIES[architecture.name]).forward(model, tuning)
+    tokens = torch.tensor([[t % 37 for t in tokens_of(40, seed)] for seed in range(2)])
+    full, half = model.new_state(2), replace(model, state_dtype=torch.float16).new_state(2)
+    for part in tokens.split([1, 1, 37, 1], dim=1):
+        exact, rounded = forward(part, full), forward(part, half)
+        assert apart(rounded, exact) < 1e-6
+        kept = full["att_kv"].half()
+        assert apart(half["att_kv"].float(), kept.float()) < 2e-3
+        half["att_kv"].copy_(kept)  # both go on from the same
+        full["att_kv"].copy_(kept)
+
+
 @pytest.mark.parametrize(("dtype", "layers"), [(torch.bfloat16, 1), (torch.float16, 7)], ids=str)
 def test_halves_are_as_near_to_the_reference_as_plain_pytorch_is(
     plugins: Plugins, dtype: torch.dtype, layers: int

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rwkv_backends.kernels.device import store_state
 from rwkv_backends.kernels.tuning import Tuning
 
 
@@ -109,7 +110,7 @@ def carry_kernel(kv_ptr, factors_ptr, states_ptr, slots, H, N: tl.constexpr, COL
     n = tl.arange(0, N)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
     at, square = n[:, None] * N + cols[None, :], n[:, None] * N + n[None, :]
-    s = tl.load(kv_ptr + (batch * H + h) * N * N + at)  # [N, COLS]
+    s = tl.load(kv_ptr + (batch * H + h) * N * N + at).to(tl.float32)  # [N, COLS]
     first = (batch * slots * H + h) * N * N
     tl.store(states_ptr + first + at, s)
     for c in range(1, slots):
@@ -131,7 +132,7 @@ def through_kernel(u_ptr, o_ptr, k_ptr, b_ptr, v_ptr, kept_ptr, u_own_ptr, state
     n = tl.arange(0, N)
     cols = block * COLS + tl.arange(0, COLS)
     at = n[:, None] * N + cols[None, :]
-    s = tl.load(states_ptr + ((batch * slots + c) * H + h) * N * N + at)  # [N, COLS]
+    s = tl.load(states_ptr + ((batch * slots + c) * H + h) * N * N + at).to(tl.float32)  # [N, COLS]
     chunks = tl.cdiv(T, L)
     for chunk in range(c * STEPS, tl.minimum((c + 1) * STEPS, chunks)):
         live = chunk * L + i < T
@@ -148,7 +149,7 @@ def through_kernel(u_ptr, o_ptr, k_ptr, b_ptr, v_ptr, kept_ptr, u_own_ptr, state
         kept = tl.load(kept_ptr + ((batch * chunks + chunk) * H + h) * N + n)
         s = s * kept[:, None] + tl.dot(k, v, input_precision="tf32x3") + tl.dot(b, u, input_precision="tf32x3")
     if c == slots - 1:
-        tl.store(kv_ptr + (batch * H + h) * N * N + at, s)
+        store_state(kv_ptr + (batch * H + h) * N * N + at, s)
 
 
 def wkv_chunked(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, kv: Tensor, tuning: Tuning) -> Tensor:
@@ -166,7 +167,7 @@ def wkv_chunked(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor
     cols = min(tuning.state_cols, N)
     states = kv  # what each span starts from
     if slots > 1:
-        factors, states = kv.new_empty(2, B, slots, H, N, N)
+        factors, states = w.new_empty(2, B, slots, H, N, N)
         grid = slots - 1, H * 2 * N // cols, B
         spans_kernel[grid](u, k, b, v, kept, u_own, factors, states, T, slots, H, N, L, steps, cols)
         carry_kernel[B * H, N // 16](kv, factors, states, slots, H, N, 16)

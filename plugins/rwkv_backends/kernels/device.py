@@ -55,5 +55,13 @@ def load_vector(ptr, cols, mask):
 
 
 @triton.jit
+def store_state(at, s):
+    """As the state is kept; what is beyond float16's range becomes its largest number, not infinity."""
+    if at.dtype.scalar.element_ty == tl.float16:
+        s = tl.where(s > 65504.0, 65504.0, tl.where(s < -65504.0, -65504.0, s))  # NaN stays
+    tl.store(at, s.to(at.dtype.scalar.element_ty))
+
+
+@triton.jit
 def store(ptr, value, mask):
     tl.store(ptr, value.to(ptr.dtype.element_ty), mask=mask)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rwkv_backends.kernels.device import sigmoid, store, tanh
+from rwkv_backends.kernels.device import sigmoid, store, store_state, tanh
 from rwkv_backends.kernels.tuning import Tuning
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -71,14 +71,14 @@ def carry_kernel(kv_ptr, kept_ptr, states_ptr, slots, H, N: tl.constexpr, BLOCK:
     """What each span adds gives place to the state that it starts from, all entries of all states at once."""
     b, h = tl.program_id(0).to(tl.int64) // H, tl.program_id(0) % H
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    s = tl.load(kv_ptr + (b * H + h) * N * N + at)
+    s = tl.load(kv_ptr + (b * H + h) * N * N + at).to(tl.float32)
     first = b * slots * H + h
     for c in tl.range(0, slots, num_stages=8):
         slot = first + c * H
         kept, added = tl.load(kept_ptr + slot * N + at // N), tl.load(states_ptr + slot * N * N + at)
         tl.store(states_ptr + slot * N * N + at, s)
         s = s * kept + added
-    tl.store(kv_ptr + (b * H + h) * N * N + at, s)
+    store_state(kv_ptr + (b * H + h) * N * N + at, s)
 
 
 @triton.jit(do_not_specialize=["M", "T", "slots"])
@@ -149,8 +149,8 @@ def wkv(
 ) -> Tensor:
     """kvrg [4, M, C]; decay exp(-exp(decay + W tanh(low))), low [M, D], w [C, D], decay [C]; u and both of norm [H, N].
 
-    Returns LN_head(o) silu(g) [M, C], of the dtype of `like`. kv float32 [B, H, K, V] is updated in place; its rows
-    are contiguous: one layer of a state, or of a view of its rows.
+    Returns LN_head(o) silu(g) [M, C], of the dtype of `like`. kv [B, H, K, V], float32 or float16, is updated in
+    place; its rows are contiguous: one layer of a state, or of a view of its rows.
     """
     _, M, C = kvrg.shape
     B, H, N, _ = kv.shape
@@ -162,7 +162,7 @@ def wkv(
     sizes = {"D": D, "RANK": max(16, triton.next_power_of_2(D)), "N": N, "SPAN": span, "HALVINGS": len(table) - 2}
     warps = max(1, min(8, span * N * kvrg.element_size() // 2048))
     options = {"PRECISION": precision, "num_warps": warps}
-    states, kept = kv.new_empty(B, slots, H, N, N), kv.new_empty(B, slots, H, N)
+    states, kept = u.new_empty(B, slots, H, N, N), u.new_empty(B, slots, H, N)  # float32, however kv is kept
     added_kernel[slots, H, B](kvrg, low, w, decay, table, states, kept, M, T, slots, H, **sizes, **options)
     block = min(N * N, 256)
     carry_kernel[B * H, N * N // block](kv, kept, states, slots, H, N, block, num_warps=2)

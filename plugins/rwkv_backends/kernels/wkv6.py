@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rwkv_backends.kernels.device import let_next_begin, load_vector, store, tanh, wait_for_earlier
+from rwkv_backends.kernels.device import let_next_begin, load_vector, store, store_state, tanh, wait_for_earlier
 from rwkv_backends.kernels.tuning import Tuning
 
 
@@ -19,7 +19,7 @@ def wkv_kernel(kvrg_ptr, low_ptr, w_ptr, decay_ptr, u_ptr, weight_ptr, bias_ptr,
     n = tl.arange(0, N)
     own = h * N + n
     at = kv_ptr + (b.to(tl.int64) * H + h) * N * N + n[:, None] * N + n[None, :]
-    s = tl.load(at)  # [K, V]
+    s = tl.load(at).to(tl.float32)  # [K, V]
     rank = tl.arange(0, RANK)
     w = tl.load(w_ptr + own[:, None] * D + rank[None, :], mask=(rank < D)[None, :], other=0.0).to(tl.float32)
     base, u = tl.load(decay_ptr + own), tl.load(u_ptr + own)
@@ -34,7 +34,7 @@ def wkv_kernel(kvrg_ptr, low_ptr, w_ptr, decay_ptr, u_ptr, weight_ptr, bias_ptr,
     r = tl.load(kvrg_ptr + 2 * part + row).to(tl.float32)
     g = tl.load(kvrg_ptr + 3 * part + row).to(tl.float32)
     o = tl.sum(s * r[:, None], 0) + tl.sum(r * u * k, 0) * v
-    tl.store(at, s * decay[:, None] + k[:, None] * v[None, :])
+    store_state(at, s * decay[:, None] + k[:, None] * v[None, :])
     apart = o - tl.sum(o, 0) / N
     normed = apart * tl.rsqrt(tl.sum(apart * apart, 0) / N + 64e-5)
     y = (normed * weight + bias) * g * tl.sigmoid(g)
@@ -54,8 +54,8 @@ def wkv(
 ) -> Tensor:
     """kvrg [4, B, C]; decay exp(-exp(decay + W tanh(low))), low [B, D], w [C, D], decay [C]; u and both of norm [H, N].
 
-    Returns LN_head(o) silu(g) [B, C], of the dtype of `like`. kv float32 [B, H, K, V] is updated in place; its rows
-    are contiguous: one layer of a state, or of a view of its rows.
+    Returns LN_head(o) silu(g) [B, C], of the dtype of `like`. kv [B, H, K, V], float32 or float16, is updated in
+    place; its rows are contiguous: one layer of a state, or of a view of its rows.
     """
     _, B, C = kvrg.shape
     H, N = u.shape

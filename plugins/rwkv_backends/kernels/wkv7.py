@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rwkv_backends.kernels.device import let_next_begin, load_vector, store, tanh, wait_for_earlier
+from rwkv_backends.kernels.device import let_next_begin, load_vector, store, store_state, tanh, wait_for_earlier
 from rwkv_backends.kernels.tuning import Tuning
 
 
@@ -63,7 +63,7 @@ def step_kernel(rkv_ptr, low_ptr, w_ptr, a_ptr, v_ptr, g_ptr, decay_ptr, rate_pt
     row = b * H * N + own
     part = B * H * N
     at = kv_ptr + (b.to(tl.int64) * H + h) * N * N + n[:, None] * N + n[None, :]
-    s = tl.load(at)  # [K, V]
+    s = tl.load(at).to(tl.float32)  # [K, V]
     w_up, a_up = load_up(w_ptr, own, RW, WR), load_up(a_ptr, own, RA, AR)
     wait_for_earlier(OVERLAP)
     low_at = low_ptr + b * LOW
@@ -87,7 +87,7 @@ def step_kernel(rkv_ptr, low_ptr, w_ptr, a_ptr, v_ptr, g_ptr, decay_ptr, rate_pt
     k *= 1.0 + (rate - 1.0) * tl.load(replacement_ptr + own)
     seen = tl.sum(s * -kappa[:, None], 0)
     s = s * decay[:, None] + (kappa * rate)[:, None] * seen[None, :] + k[:, None] * v[None, :]
-    tl.store(at, s)
+    store_state(at, s)
     o = tl.sum(s * r[:, None], 0)
     apart = o - tl.sum(o, 0) / N
     y = apart * tl.rsqrt(tl.sum(apart * apart, 0) / N + 64e-5) * tl.load(weight_ptr + own) + tl.load(bias_ptr + own)

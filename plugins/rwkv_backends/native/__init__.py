@@ -46,6 +46,8 @@ class Native(Backend):
             return f"it knows {' and '.join(FAMILIES)}, the model is {model.architecture.name}"
         if model.dtype not in DTYPES:
             return f"it does not know weights of {model.dtype}"
+        if model.state_dtype != torch.float32:
+            return "its states are float32: it can be used without --state-dtype"
         return None
 
     def forward(self, model: Model) -> Forward:
