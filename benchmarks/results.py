@@ -58,8 +58,10 @@ def read(paths: Iterable[Path]) -> list[Machine]:
             info = run["machine"]
             threads = None if info.get("gpu") else info.get("threads")  # the host's say little of a GPU
             key = (threads, *(info.get(name) for name in ("cpu_model", "cores", "gpu", "device")))
-            _, commands, results = found.setdefault(key, (info, [], {}))
-            found[key] = (info, commands, results)  # versions and load are the last run's
+            earlier, commands, results = found.setdefault(key, (info, [], {}))
+            # The load is the last run's; of what that run did not have, a peer say, the version is an earlier one's.
+            versions = {**earlier.get("versions", {}), **info.get("versions", {})}
+            found[key] = ({**info, "versions": versions}, commands, results)
             if run["command"] not in commands:
                 commands.append(run["command"])
             results |= {_key(record): record for record in run["results"]}
