@@ -177,7 +177,8 @@ def test_a_later_run_adds_to_a_file_and_replaces_what_it_measured_again(tmp_path
 def test_versions_are_the_latest_known_and_a_gpu_is_one_machine_whatever_its_hosts_threads(tmp_path: Path) -> None:
     once = {**GPU, "versions": {"torch": "2.12.0", "fla-core": "0.6.0"}}
     again = {**GPU, "threads": 7, "versions": {"torch": "2.13.0"}}
-    path = save(tmp_path / "saved.json", (once, []), (again, []), (MACHINE, []), ({**MACHINE, "threads": 7}, []))
+    machines = once, again, MACHINE, {**MACHINE, "threads": 7}
+    path = save(tmp_path / "saved.json", *((machine, [decode("eager", 1, 64.0, 1.6)]) for machine in machines))
     on_gpu, *on_cpu = read([path])
     assert on_gpu.info["versions"] == {"torch": "2.13.0", "fla-core": "0.6.0"}
     assert len(on_cpu) == 2
