@@ -36,7 +36,8 @@ there, with the parts of the protocol in order of importance for this machine, G
 All programs of a run had the same random weights in the same process; their logits were checked before anything was
 timed. In brackets: how many times as fast as the `rwkv` package, the median of rounds run in turn with its own. Of
 the limit: the share of the machine's measured read rate (decode; a step moves every matrix once and the state of each
-row twice) or matrix product rate (prefill), as that run measured it; the table of limits shows the last run's.
+row twice) or matrix product rate (prefill), as that run measured it; the table of limits shows the last run's,
+and rows of the others may be of several.
 Absolute figures are that machine's, on that day: on a shared one they vary, the ratios much less.
 """
 

@@ -56,7 +56,8 @@ def read(paths: Iterable[Path]) -> list[Machine]:
     for path in paths:
         for run in json.loads(path.read_text())["runs"]:
             info = run["machine"]
-            threads = None if info.get("gpu") else info.get("threads")  # the host's say little of a GPU
+            # A GPU's host is the same one however many threads it used.
+            threads = None if info.get("gpu") else info.get("threads")
             key = (threads, *(info.get(name) for name in ("cpu_model", "cores", "gpu", "device")))
             earlier, commands, results = found.setdefault(key, (info, [], {}))
             # The load is the last run's; of what that run did not have, a peer say, the version is an earlier one's.

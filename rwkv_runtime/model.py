@@ -121,5 +121,6 @@ class Model:
         """Fresh state of `rows` rows on the model's device."""
         spec = dict(self.architecture.state_spec(self.config, self.dtype))
         for name in self.architecture.rounded:
-            spec[name] = spec[name]._replace(dtype=self.state_dtype)
+            if spec[name].dtype == torch.float32:
+                spec[name] = spec[name]._replace(dtype=self.state_dtype)
         return State.allocate(spec, self.config.n_layer, rows, self.device, self.initial, self.architecture.name)

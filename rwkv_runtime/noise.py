@@ -50,11 +50,6 @@ def uniform(seed: Tensor, position: Tensor, ids: Tensor, stream: int = 0) -> Ten
     return h.bitwise_and_(0x7FFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-31).clamp_(max=1.0 - 2.0**-24)
 
 
-def gumbel(seed: Tensor, position: Tensor, ids: Tensor) -> Tensor:
-    """Standard Gumbel noise, float32, finite everywhere: argmax(logits + gumbel) draws from softmax(logits)."""
-    return minus_gumbel(seed, position, ids).neg_()
-
-
 def minus_gumbel(seed: Tensor, position: Tensor, ids: Tensor) -> Tensor:
-    """The same with the sign turned: logits - minus_gumbel is the same draw, one pass over [B, V] shorter."""
+    """Standard Gumbel noise with its sign turned, float32, finite: argmax(logits - it) draws from softmax(logits)."""
     return uniform(seed, position, ids).neg_().log1p_().neg_().log_()

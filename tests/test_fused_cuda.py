@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -270,3 +271,18 @@ def test_a_capture_leaves_its_buffers_as_they_were() -> None:
     replay()
     replay()
     assert total.tolist() == [3, 3, 3]
+
+
+def test_a_graph_can_be_captured_after_the_last_one_is_gone(
+    plugins: Plugins, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """cuBLAS, which many rows need, may hold memory of a pool whose graphs are all gone."""
+    model, backend = on_gpu(plugins, torch.bfloat16, "rwkv6"), Fused()
+    engine = Engine(model, backend, Nucleus(), tokenizer, 8)
+    del engine
+    gc.collect()
+    forward = backend.forward(model)
+    assert isinstance(forward, CapturedPrompts)
+    with caplog.at_level(logging.WARNING):
+        forward(torch.tensor([tokens_of(forward.length)], device="cuda"), model.new_state())
+    assert forward._chunk is not None, caplog.text

@@ -8,7 +8,7 @@ from helpers import chi_squared, controls_of
 from rwkv_samplers.nucleus import Nucleus
 from torch import Tensor
 
-from rwkv_runtime.noise import gumbel, mix, uniform
+from rwkv_runtime.noise import minus_gumbel, mix, uniform
 
 
 def column(values: list[int]) -> Tensor:
@@ -39,7 +39,7 @@ def test_numbers_lie_inside_the_open_interval_and_gumbel_noise_is_finite() -> No
     u = numbers([1, 2, 3, 4], [0, 0, 9, 1 << 40], 1 << 19)
     assert 0.0 < float(u.min()) < 1e-5
     assert 1 - 1e-5 < float(u.max()) < 1.0
-    noise = gumbel(column([1]), column([0]), torch.arange(1 << 19)[None])
+    noise = -minus_gumbel(column([1]), column([0]), torch.arange(1 << 19)[None])
     assert bool(noise.isfinite().all())
     assert noise.mean().item() == pytest.approx(0.5772, abs=0.01)
     assert noise.var().item() == pytest.approx(1.6449, abs=0.03)
@@ -49,7 +49,7 @@ def test_the_hash_at_its_ends_stays_inside_too(monkeypatch: pytest.MonkeyPatch) 
     for end in (0, -1, 0x7FFFFFFF, -(1 << 31)):
         monkeypatch.setattr("rwkv_runtime.noise.mix", lambda x, end=end: torch.full_like(x, end))
         assert 0.0 < float(numbers([1], [1], 1)) < 1.0
-        assert bool(gumbel(column([1]), column([1]), torch.tensor([[0]])).isfinite())
+        assert bool(minus_gumbel(column([1]), column([1]), torch.tensor([[0]])).isfinite())
 
 
 def test_neighbouring_seeds_positions_and_streams_are_unrelated() -> None:

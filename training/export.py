@@ -35,7 +35,9 @@ METADATA = {
 
 def export(state: Mapping[str, Tensor], path: Path) -> None:
     """Round a state dict to bf16 and write it."""
-    save_file({name: tensor.to(torch.bfloat16).cpu() for name, tensor in state.items()}, path, METADATA)
+    partial = path.with_name(f"{path.name}.partial")  # whole or not at all
+    save_file({name: tensor.to(torch.bfloat16).cpu() for name, tensor in state.items()}, partial, METADATA)
+    partial.replace(path)
     print(f"{path.name}: {path.stat().st_size / 1e6:.1f} MB", flush=True)
 
 

@@ -15,9 +15,10 @@ EAGER_STEPS = 3
 
 
 def make_optimizers(model: StoryModel, rate: float, weight_decay: float, use_muon: bool) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices and AdamW for the rest, or AdamW for all.
+    """Muon for the layers' large matrices and AdamW for the rest, adapters too, or AdamW for all.
 
-    Matrices with weight decay, the rest without, base decay and bonus also at twice the rate (``scale`` of a group).
+    Large matrices with weight decay, the rest without; base decay and bonus at twice the rate, too (``scale`` of a
+    group).
     """
     hidden, decayed, plain, double = [], [], [], []
     for name, parameter in model.named_parameters():
@@ -42,7 +43,13 @@ def make_optimizers(model: StoryModel, rate: float, weight_decay: float, use_muo
 
 
 def restore(optimizers: list[torch.optim.Optimizer], saved: list[dict[str, Any]]) -> None:
-    """What optimizers remembered, as `state_dict` gave it; how they are run here is not part of that."""
+    """What optimizers remembered, as `state_dict` gave it; how they are run here is not part of that.
+
+    Raises:
+        ValueError: it is of other optimizers.
+    """
+    if len(saved) != len(optimizers):
+        raise ValueError("the checkpoint is of a run with another --optimizer")
     for optimizer, content in zip(optimizers, saved, strict=True):
         own = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": content["state"], "param_groups": own})
@@ -90,8 +97,15 @@ class CapturedUpdate:
         self.inputs, self.targets, self.loss, self.norm = (torch.empty(0) for _ in range(4))
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """As `Update`, for batches of one shape; raises RuntimeError where something in it waits for the device."""
+        """As `Update`, for batches of one shape.
+
+        Raises:
+            RuntimeError: something in it waits for the device.
+            ValueError: the shape is another one than was captured.
+        """
         if self.inputs.shape != inputs.shape:
+            if self.graph is not None:
+                raise ValueError(f"captured for batches of {list(self.inputs.shape)}, not of {list(inputs.shape)}")
             # Compiled code is for one layout: that of these buffers, before the capture too.
             self.inputs, self.targets = (x.clone(memory_format=torch.contiguous_format) for x in (inputs, targets))
         self.inputs.copy_(inputs)

@@ -60,8 +60,8 @@ class Writers:
     def write(self) -> Tensor:
         """Texts [rows, length]."""
         for state in self.states:
-            for tensor in state.tensors.values():
-                tensor.zero_()
+            for row in range(len(self.begin)):
+                state.clear(row)
         chosen = torch.randint(len(self.openings), (len(self.begin),), device=self.begin.device)
         self.begin.copy_(self.openings[chosen])
         self.tokens.copy_(self.begin[:, :1])
@@ -124,7 +124,11 @@ def main() -> None:
     torch.manual_seed(a.seed)
     openings = find_openings(load_tokens(a.data / f"{a.source}.train.npy.xz"), a.opening)
     writers = Writers(models, backend, a.rows, a.length, openings)
-    np.save(a.output, synthesise(writers, a.tokens, 60.0 * a.minutes))
+    written = synthesise(writers, a.tokens, 60.0 * a.minutes)
+    partial = a.output.with_name(f"{a.output.name}.partial")  # whole or not at all: a step that is done has its file
+    with partial.open("wb") as file:
+        np.save(file, written)
+    partial.replace(a.output)
 
 
 if __name__ == "__main__":

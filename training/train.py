@@ -210,7 +210,8 @@ def main() -> None:
     if checkpoint is not None:
         trainer.load(checkpoint)
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    trainer.log({"event": "start", "options": asdict(options), "parameters": parameters})
+    read = [path.name for path in arguments.synthetic]
+    trainer.log({"event": "start", "options": asdict(options), "parameters": parameters, "synthetic": read})
     trainer.run()
     chosen = torch.load(trainer.chosen(), map_location="cpu", weights_only=True)
     trainer.log({"event": "export", "checkpoint": trainer.chosen().name, "of_step": chosen["step"]})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -27,12 +27,15 @@ class Captured:
 class Graphs:
     """Captures decode steps; their temporary memory is one pool, since no two of them run at once.
 
+    A pool is shared only with a graph that is still there: one whose graphs are all gone may be held by what a library
+    allocated in it, and refuses another capture.
+
     A tick may leave results in its buffers alone: what it allocates is used again by the next graph. All replays go
     through the stream that is current, so those of one thread, or of several on the default stream, never overlap.
     """
 
     def __init__(self) -> None:
-        self._pools: dict[torch.device, Any] = {}
+        self._latest: WeakValueDictionary[torch.device, Captured] = WeakValueDictionary()
 
     def capture(self, tick: Tick, buffers: Sequence[Tensor]) -> Tick:
         """The tick as a graph, `buffers` (at least one, all on one device) as they were.
@@ -41,17 +44,21 @@ class Graphs:
         """
         device = buffers[0].device
         with torch.cuda.device(device):
-            pool = self._pools.setdefault(device, torch.cuda.graph_pool_handle())
+            latest = self._latest.get(device)
+            pool = latest.graph.pool() if latest else None
             saved = [buffer.clone() for buffer in buffers]
             try:
                 _warm_up(tick)
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool):
+                # A capture that fails to begin leaves its own stream current: the outer one is set again.
+                with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=pool):
                     tick()
             finally:
                 for buffer, value in zip(buffers, saved, strict=True):
                     buffer.copy_(value)
-        return Captured(graph, tick)
+        captured = Captured(graph, tick)
+        self._latest[device] = captured
+        return captured
 
 
 def _warm_up(tick: Tick) -> None:

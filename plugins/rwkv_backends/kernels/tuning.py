@@ -36,7 +36,7 @@ class Tuning:
     """Tokens of a prompt one program works on, all spans at once: at least 16, in RWKV-7 a chunk. RWKV-6 in float32
     takes half as many."""
     state_cols: int = 32
-    """Columns of a head's state that one program carries through a prompt: from 16 to the head size."""
+    """RWKV-7: columns of a head's state that one program carries through a prompt: from 16 to the head size."""
 
     @property
     def launch(self) -> dict[str, Any]:
