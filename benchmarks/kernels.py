@@ -62,7 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpoint = make_checkpoint(architecture, options.size, options.dtype, folder)
         tensors = checkpoint.tensors()
         if options.zeros is not None:
-            tensors = with_zeros(tensors, options.zeros)
+            try:
+                tensors = with_zeros(tensors, options.zeros)
+            except ValueError as error:
+                parser.error(f"--zeros: {error}")
         kept = STATE_DTYPES[options.state_dtype]
         model = build_model(tensors, plugins.architectures, CUDA, state_dtype=kept)
     print(f"{torch.cuda.get_device_name()}: {ceilings.read():.0f} GB/s read; state {options.state_dtype}", flush=True)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rwkv_runtime.sampler import Sampler
 
 BLOCK = 256
-"""Scores among which a draw looks for the best one's place."""
+"""Scores in a block: a draw looks for the best one's place in one block alone."""
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ def test_the_command_says_in_one_line_what_native_needs(tmp_path: Path, caplog: 
     assert first.exit_code == 0, first.stderr
     (said,) = [record.getMessage() for record in caplog.records]
     if Native().why_not(None) is None:
-        assert "backend native: its states are float32: it can be used without --state-dtype; using" in said
+        assert "backend native: its states are float32 alone (leave out the state dtype); using" in said
     second = rwkv_run(model, "--load-state", saved, "--device", "cpu", "-n", "2")
     assert second.exit_code == 0, second.stderr
 
@@ -105,7 +105,7 @@ def test_native_leaves_it_to_others(architecture: Architecture, plugins: Plugins
     full, half = pair(architecture, plugins)
     native = Native()
     if native.why_not(full) is None:
-        assert native.why_not(half) == "its states are float32: it can be used without --state-dtype"
+        assert native.why_not(half) == "its states are float32 alone (leave out the state dtype)"
 
 
 @pytest.mark.parametrize("value", ["bfloat16", "float8", ""])

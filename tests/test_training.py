@@ -1,38 +1,30 @@
-"""The training code: its WKV against the naive recurrence, exact resumption, the held-out split, export."""
+"""The training code: its WKV against the naive recurrence, exact resumption, export."""
 
 from __future__ import annotations
 
 import json
-import lzma
 import math
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from rwkv_backends.fused import interpreted
+from story_models import TINY, shaken_model, text_windows
 from torch import Tensor
 
-from rwkv_runtime.tokenizer import Tokenizer
-from training.arrays import load_tokens, save_tokens
-from training.data import IGNORED, Heldout, Windows
-from training.evaluate import bits_per_byte
+from training.data import Heldout
 from training.export import export, load_model
-from training.model import ModelConfig, StoryModel
-from training.muon import Muon, orthogonalised
 from training.optimizers import set_rate
 from training.options import TrainOptions, kernels_wanted
-from training.prepare import is_heldout, learn_vocabulary, prepare, split_documents
 from training.sample import LayerState, model_step, sample
 from training.schedule import Budget, Schedule, format_mix, parse_mix
 from training.train import Trainer
 from training.wkv import wkv, wkv_recurrence
 
 CPU = torch.device("cpu")
-TINY = ModelConfig(vocab_size=300, width=128, layers=2, dropout=0.1)
 
 
 def wkv_inputs(decays: str, length: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -89,16 +81,6 @@ def test_wkv_passes_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda *x: apply_wkv(x, 4), (*inputs, bonus))
 
 
-def shaken_model(config: ModelConfig) -> StoryModel:
-    """A model none of whose parameters is at its start, where many are zero."""
-    torch.manual_seed(3)
-    model = StoryModel(replace(config, dropout=0.0)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
 @torch.no_grad()
 def test_stepwise_decoding_is_the_whole_sequence() -> None:
     model = shaken_model(TINY)
@@ -128,14 +110,6 @@ def test_exported_names_and_shapes_are_blinkdls(tmp_path: Path) -> None:
     reloaded = load_model(tmp_path / "model.safetensors")
     for name, tensor in reloaded.state_dict().items():
         torch.testing.assert_close(tensor, model.state_dict()[name].bfloat16().float(), rtol=0, atol=0)
-
-
-def text_windows() -> Windows:
-    generator = torch.Generator().manual_seed(2)
-    arrays = [torch.randint(1, 300, (3000,), generator=generator, dtype=torch.int32) for _ in range(2)]
-    for array in arrays:
-        array[::100] = 0
-    return Windows.from_arrays(["one", "two"], arrays, CPU)
 
 
 def held_out() -> Heldout:
@@ -194,39 +168,6 @@ def test_a_run_goes_on_with_its_own_rate_wherever_it_was_begun(tmp_path: Path) -
     groups = [group for optimizer in second.optimizers for group in optimizer.param_groups]
     assert sorted(group["lr"] for group in groups) == [0.25, 0.25, 0.25, 0.5]
     assert not any(group.get("capturable") for group in groups)
-
-
-@pytest.mark.parametrize("shape", [(3, 64, 32), (2, 32, 80), (1, 48, 48)])
-def test_orthogonal_updates_have_singular_values_near_one(shape: tuple[int, ...]) -> None:
-    given = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    values = torch.linalg.svdvals(orthogonalised(given))
-    assert values.min() > 0.5
-    assert values.max() < 1.4
-    left, _, right = torch.linalg.svd(given, full_matrices=False)
-    assert torch.nn.functional.cosine_similarity(orthogonalised(given).flatten(), (left @ right).flatten(), 0) > 0.97
-
-
-def test_muon_updates_matrices_of_one_shape_as_each_by_itself() -> None:
-    generator = torch.Generator().manual_seed(1)
-    shapes = [(32, 16), (32, 16), (16, 16)]
-    start = [torch.randn(shape, generator=generator) for shape in shapes]
-    gradients = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(2)]
-
-    def after(places: Sequence[int]) -> list[Tensor]:
-        parameters = [torch.nn.Parameter(start[place].clone()) for place in places]
-        optimizer = Muon([{"params": parameters}], lr=0.01, momentum=0.9, weight_decay=0.5)
-        for step in gradients:
-            for parameter, place in zip(parameters, places, strict=True):
-                parameter.grad = step[place]
-            optimizer.step()
-        return [parameter.detach() for parameter in parameters]
-
-    together = after([0, 1, 2])
-    for place in range(3):
-        torch.testing.assert_close(together[place], after([place])[0], rtol=1e-3, atol=1e-4)
-    # The size of AdamW's updates, whatever the size of the gradients.
-    change = together[0] - start[0] * (1 - 0.01 * 0.5) ** 2
-    assert 0.1 < change.square().mean().sqrt() / 0.02 < 0.3
 
 
 def test_training_lowers_the_loss(tmp_path: Path) -> None:
@@ -318,22 +259,6 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
     assert not (tmp_path / "last.pt").exists()
 
 
-def test_windows_lie_inside_their_source() -> None:
-    windows = text_windows()
-    only_second = windows.weights({"two": 2.0})
-    assert only_second.tolist() == [0.0, 1.0]
-    generator = torch.Generator().manual_seed(0)
-    inputs, targets = windows.batch(only_second, 50, 32, 1.0, generator)
-    assert torch.equal(inputs[:, 1:], targets[:, :-1])
-    starts_with_document = inputs[:, 0] == 0  # the last document is too short: its window begins earlier
-    assert starts_with_document.float().mean() > 0.8
-    second = windows.tokens[3000:].long().unfold(0, 33, 1)
-    for row in torch.cat([inputs, targets[:, -1:]], dim=1):
-        assert (second == row).all(1).any()
-    with pytest.raises(ValueError, match="unknown sources"):
-        windows.weights({"three": 1.0})
-
-
 def test_schedule_follows_steps_or_time_whichever_is_further() -> None:
     budget = Budget(steps=100, minutes=2.0)
     assert budget.progress(50, 0.0) == 0.5
@@ -345,77 +270,6 @@ def test_schedule_follows_steps_or_time_whichever_is_further() -> None:
     assert not schedule.decaying(0.74)
     assert schedule.rate(90, 1.0) == 0.0
     assert parse_mix(format_mix({"one": 0.25, "two": 0.75})) == {"one": 0.25, "two": 0.75}
-
-
-def test_documents_are_split_and_told_apart() -> None:
-    text = "One.\n\nStill one.\n<|endoftext|>\n<|endoftext|>\nTwo.\n<|endoftext|>\nTwo.\n<|endoftext|>\n"
-    assert list(split_documents(text)) == ["One.\n\nStill one.", "Two."]
-
-
-def test_hold_out_is_deterministic_and_one_per_cent() -> None:
-    held = [number for number in range(5000) if is_heldout(f"document {number}")]
-    assert held == [number for number in range(5000) if is_heldout(f"document {number}")]
-    assert 25 < len(held) < 80
-
-
-def small_corpus(folder: Path) -> list[str]:
-    documents = [f"Tom had {number} red hats. He saw a dög and ran {number * 7} miles." for number in range(400)]
-    text = "".join(f"{document}\n<|endoftext|>\n" for document in documents)
-    folder.mkdir()
-    (folder / "hats.txt.xz").write_bytes(lzma.compress(text.encode("utf-8")))
-    return documents
-
-
-def test_prepared_corpus(tmp_path: Path) -> None:
-    pytest.importorskip("tokenizers")
-    documents = small_corpus(tmp_path / "corpus")
-    prepare(tmp_path / "corpus", tmp_path / "data", entries=300, workers=1)
-    tokenizer = Tokenizer.from_file(tmp_path / "data" / "vocab.txt")
-    assert [tokenizer.decode_bytes([byte + 1]) for byte in range(256)] == [bytes([b]) for b in range(256)]
-    found = {}
-    for split in ("train", "heldout"):
-        tokens = load_tokens(tmp_path / "data" / f"hats.{split}.npy.xz")
-        assert tokens.dtype == np.uint16
-        pieces = np.split(tokens, np.flatnonzero(tokens == 0))[1:]
-        found[split] = {tokenizer.decode(piece.tolist()) for piece in pieces}
-        assert all(tokenizer.encode(tokenizer.decode(piece.tolist())) == piece[1:].tolist() for piece in pieces)
-    assert not found["train"] & found["heldout"]
-    assert found["heldout"]
-    assert found["train"] | found["heldout"] == set(documents)
-    meta = json.loads((tmp_path / "data" / "meta.json").read_text(encoding="utf-8"))
-    count = sum(len(document.encode("utf-8")) for document in found["heldout"])
-    assert meta["sources"]["hats"]["heldout"]["bytes"] == count
-
-    heldout = Heldout.load(tmp_path / "data", 16, 50, 300, CPU)
-    tokens = meta["sources"]["hats"]["heldout"]["tokens"]
-    assert int((heldout.windows[:, 1:] != IGNORED).sum()) == tokens - 1
-    assert heldout.bytes.tolist() == [count]
-    assert len(Heldout.load(tmp_path / "data", 16, 2, 300, CPU).windows) == 2
-    model = shaken_model(TINY)
-    report = bits_per_byte(model, tmp_path / "data")["hats"]
-    assert report["bytes"] == count
-    with torch.no_grad():  # the same, one document at a time and without padding
-        nats = 0.0
-        for document in sorted(found["heldout"]):
-            ids = torch.tensor([[0, *tokenizer.encode(document), 0]])
-            nats += float(model.losses(ids[:, :-1], ids[:, 1:]).double().sum())
-    assert report["bits_per_byte"] == pytest.approx(nats / math.log(2) / count, rel=1e-5)
-    some = bits_per_byte(model, tmp_path / "data", "train", 5)["hats"]
-    assert (some["documents"], report["documents"]) == (5, len(found["heldout"]))
-
-
-def test_vocabulary_tokens_do_not_cross_words() -> None:
-    pytest.importorskip("tokenizers")
-    tokens = learn_vocabulary(iter(["the cat sat. the cat ran\n\nthe cat slept 10 times"] * 20), 290)
-    assert len(tokens) <= 289
-    assert b" cat" in tokens.values()
-    assert all(b" " not in token[1:] for token in tokens.values())
-
-
-def test_token_arrays_survive_the_disk(tmp_path: Path) -> None:
-    tokens = np.arange(4096, dtype=np.uint16)
-    save_tokens(tmp_path / "a.npy.xz", tokens)
-    assert np.array_equal(load_tokens(tmp_path / "a.npy.xz"), tokens)
 
 
 def test_samples_depend_on_the_seed_alone() -> None:

@@ -43,7 +43,7 @@ class TrainOptions:
     clip: float = 1.0
     seed: int = 1
     compiled: bool = True
-    captured: bool = False  # an update as one CUDA graph
+    captured: bool = True  # an update as one CUDA graph, on a GPU
     log_every: int = 20
     evaluate_every: int = 500
     decay_evaluate_every: int = 250
@@ -114,7 +114,7 @@ def parse_options() -> tuple[argparse.Namespace, TrainOptions]:
         weight_decay=a.weight_decay,
         seed=a.seed,
         compiled=a.compiled,
-        captured=a.captured and a.device.startswith("cuda"),
+        captured=a.captured,
         log_every=a.log_every,
         evaluate_every=a.evaluate_every,
         decay_evaluate_every=a.decay_evaluate_every,

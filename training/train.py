@@ -43,7 +43,7 @@ class Trainer:
         if options.compiled:
             self.model.compile_parts()
         update = Update(self.model, self.optimizers, options.clip)
-        self.update = CapturedUpdate(update) if options.captured else update
+        self.update = CapturedUpdate(update) if options.captured and self.device.type == "cuda" else update
         self.main_weights = windows.weights(options.main_mix)
         self.decay_weights = windows.weights(options.decay_mix)
         self.generator = torch.Generator(self.device)

@@ -56,12 +56,7 @@ def score_of(key: Tensor) -> Tensor:
 
 def mass(logits: Tensor) -> Tensor:
     """Weights in proportion to the probabilities, int64 [B, V], at most UNIT each."""
-    return relative(logits).mul_(UNIT).to(torch.int64)
-
-
-def relative(logits: Tensor) -> Tensor:
-    """Probabilities as shares of the best token's."""
-    return (logits - logits.amax(dim=-1, keepdim=True)).exp_()
+    return (logits - logits.amax(dim=-1, keepdim=True)).exp_().mul_(UNIT).to(torch.int64)
 
 
 def ones(logits: Tensor) -> Tensor:

@@ -132,6 +132,7 @@ def through_kernel(u_ptr, o_ptr, k_ptr, b_ptr, v_ptr, kept_ptr, u_own_ptr, state
     n = tl.arange(0, N)
     cols = block * COLS + tl.arange(0, COLS)
     at = n[:, None] * N + cols[None, :]
+    # With one span it starts from kv itself, which may be kept in 16 bits.
     s = tl.load(states_ptr + ((batch * slots + c) * H + h) * N * N + at).to(tl.float32)  # [N, COLS]
     chunks = tl.cdiv(T, L)
     for chunk in range(c * STEPS, tl.minimum((c + 1) * STEPS, chunks)):

@@ -4,9 +4,10 @@
 
 Carrying the state from span to span is one product and one sum an entry; all else is done for all spans at once. What
 token t of a span sees of an earlier token j, r_t (w_{j+1} ... w_{t-1}) k_j^T, is parted where it becomes a matrix
-product: in the middle of the smallest aligned block of 2, 4, 8 ... tokens that holds both. With the decays between it
-and that middle taken into each r of a second half and each k of a first, one product of the span with itself has all
-pairs that are parted by blocks of that size. Decays are added as logarithms, which are never positive, and never
+product: in the middle of the smallest aligned block of 2, 4, 8 ... tokens that holds both (tokens 5 and 6 are in the
+block from 4 to 7, whose middle is before 6). With the decays between it and that middle taken into each r of a second
+half and each k of a first, one product of the span with itself has all pairs that are parted by blocks of that size.
+Decays are added as logarithms, which are never positive, and never
 subtracted: nothing overflows and nothing cancels, however strong they are. Sums of logarithms are matrix products too,
 with numbers 0 and 1. "tf32x3" keeps the precision of float32 on tensor cores, in three products of parts.
 Annotations are real types, not strings: Triton reads them.

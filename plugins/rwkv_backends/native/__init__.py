@@ -47,7 +47,7 @@ class Native(Backend):
         if model.dtype not in DTYPES:
             return f"it does not know weights of {model.dtype}"
         if model.state_dtype != torch.float32:
-            return "its states are float32: it can be used without --state-dtype"
+            return "its states are float32 alone (leave out the state dtype)"
         return None
 
     def forward(self, model: Model) -> Forward:
