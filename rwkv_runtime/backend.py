@@ -63,7 +63,10 @@ class Backend(ABC):
 
     @abstractmethod
     def forward(self, model: Model) -> Forward:
-        """Puts the forward pass together. Raises BackendError with the reason where that fails."""
+        """Puts the forward pass together. Raises BackendError with the reason where that fails.
+
+        Several engines, in threads of their own, may share it: a call leaves nothing behind but its state and logits.
+        """
 
     def freeze(self, tick: Tick, buffers: Sequence[Tensor]) -> Tick:
         """Compiles or captures one decode step; must leave `buffers`, which the tick changes, as it found them."""

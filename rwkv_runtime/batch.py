@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rwkv_runtime.backend import Backend, Outcome, Tick
+from rwkv_runtime.backend import Backend, Forward, Outcome, Tick
 from rwkv_runtime.controls import Controls
 from rwkv_runtime.errors import BackendError, RwkvError
 from rwkv_runtime.model import Model
@@ -24,10 +24,19 @@ logger = logging.getLogger("rwkv_runtime")
 class Batch:
     """`rows` rows and the decode step of their first few, prepared for some sizes.
 
+    `forward` is the backend's forward pass of this model where there is one already: made anew, it may copy weights.
     Raises BackendError where the backend cannot prepare its forward pass or its decode step.
     """
 
-    def __init__(self, model: Model, backend: Backend, sampler: Sampler, tokenizer: Tokenizer, rows: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        backend: Backend,
+        sampler: Sampler,
+        tokenizer: Tokenizer,
+        rows: int,
+        forward: Forward | None = None,
+    ) -> None:
         self.model, self.backend, self.sampler, self.tokenizer = model, backend, sampler, tokenizer
         self.rows = rows
         V, device = model.config.vocab_size, model.device
@@ -40,7 +49,7 @@ class Batch:
         self.before = torch.zeros_like(self.controls.position)
         self.absent = _absent_mask(tokenizer, V, device)
         try:
-            self.forward = backend.forward(model)
+            self.forward = forward or backend.forward(model)
             with torch.inference_mode():
                 self._ticks = {size: self._build_tick(size) for size in _sizes(rows)}
         except RwkvError:

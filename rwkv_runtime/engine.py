@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from rwkv_runtime.backend import Backend, chunk_size
+from rwkv_runtime.backend import Backend, Forward, chunk_size
 from rwkv_runtime.batch import Batch
 from rwkv_runtime.errors import OptionError, PluginError, RwkvError
 from rwkv_runtime.flight import Flight
@@ -25,6 +25,7 @@ class Engine(Batch):
 
     With a `lag` of 1 the tokens of a step are read when the next one has been started, so that a GPU never waits for
     the host; a text that turns out to have ended then drew one token too many, which is dropped. None: 1 on a GPU.
+    `forward` is the backend's forward pass of this model where there is one already; engines may share one.
     Raises BackendError where the backend cannot prepare its forward pass or its decode step.
     """
 
@@ -36,8 +37,9 @@ class Engine(Batch):
         tokenizer: Tokenizer,
         rows: int = 1,
         lag: int | None = None,
+        forward: Forward | None = None,
     ) -> None:
-        super().__init__(model, backend, sampler, tokenizer, rows)
+        super().__init__(model, backend, sampler, tokenizer, rows, forward)
         self.lag = usual_lag(model.device, sampler) if lag is None else lag
         self.waiting: deque[Generation] = deque()
         self.active: list[Generation] = []

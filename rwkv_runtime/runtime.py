@@ -213,7 +213,7 @@ class Runtime:
         while key not in self._engines:
             chosen = self.plugins.sampler(sampler)
             try:
-                engine = Engine(self.model, self.backend, chosen, self.tokenizer, rows)
+                engine = Engine(self.model, self.backend, chosen, self.tokenizer, rows, forward=self._forward)
                 self._engines = dict([*self._engines.items(), (key, engine)][-ENGINES:])
             except BackendError as error:
                 self._give_way(str(error))

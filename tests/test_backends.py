@@ -307,3 +307,21 @@ def test_where_no_backend_is_left_the_reason_is_the_error(model: Model, tokenize
     plugins.backends.add(Broken("forward", RuntimeError("out of luck")), "test")
     with pytest.raises(BackendError, match="backend broken: RuntimeError: out of luck; no other backend can run"):
         Runtime(model, tokenizer, plugins)
+
+
+def test_a_runtime_has_one_forward_pass_for_all_its_engines(model: Model, tokenizer: Tokenizer) -> None:
+    """Each may hold weights in a form of its own."""
+
+    class Counting(Broken):
+        made = 0
+
+        def forward(self, model: Model) -> Forward:
+            self.made += 1
+            return super().forward(model)
+
+    backend = Counting("", "")
+    runtime = Runtime(model, tokenizer, plugins_with(backend))
+    runtime.forward(TOKENS)
+    for rows in (1, 2):
+        runtime.engine("nucleus", rows)
+    assert backend.made == 1

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -59,3 +61,28 @@ def test_where_nothing_can_be_captured_prompts_are_read_all_the_same(
         read(model, Full())
     [warning] = [record.message for record in caplog.records]
     assert warning == "prompts are read without a captured graph, which is slower: CUDA out of memory"
+
+
+class Slow(Graphs):
+    """Lets another thread in between what a replay reads and what it has written."""
+
+    def capture(self, tick: Tick, buffers: Sequence[Tensor]) -> Tick:
+        def slowly() -> None:
+            time.sleep(0.01)
+            tick()
+            time.sleep(0.01)
+
+        return slowly
+
+
+def test_threads_that_share_a_graph_take_turns(model: Model) -> None:
+    plain = Eager().forward(model)
+    forward = CapturedPrompts(plain, model, Slow(), LENGTH)
+
+    def last(first: int) -> tuple[Tensor, Tensor]:
+        tokens = torch.tensor([tokens_of(LENGTH + first)[first:]])
+        return forward(tokens, model.new_state()), plain(tokens, model.new_state())
+
+    with ThreadPoolExecutor(4) as threads:
+        for ours, theirs in threads.map(last, range(8)):
+            assert torch.equal(ours, theirs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from weakref import WeakValueDictionary
 
@@ -50,8 +51,10 @@ class Graphs:
             try:
                 _warm_up(tick)
                 graph = torch.cuda.CUDAGraph()
-                # A capture that fails to begin leaves its own stream current: the outer one is set again.
-                with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=pool):
+                # Other threads may go on. A capture that fails to begin leaves its own stream current: the outer one
+                # is set again.
+                alone = torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
+                with torch.cuda.stream(torch.cuda.current_stream()), alone:
                     tick()
             finally:
                 for buffer, value in zip(buffers, saved, strict=True):
@@ -73,7 +76,9 @@ def _warm_up(tick: Tick) -> None:
             for _ in range(WARM_UPS - 1):
                 tick()
             mode = torch.cuda.get_sync_debug_mode()
-            torch.cuda.set_sync_debug_mode("error")
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")  # not for users
+                torch.cuda.set_sync_debug_mode("error")
             try:
                 tick()
             finally:
