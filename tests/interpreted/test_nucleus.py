@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
+import triton.language as tl
+from rwkv_samplers.kernels import gumbel
 from rwkv_samplers.kernels import nucleus as kernels
 from rwkv_samplers.nucleus import Nucleus, Packed
 from torch import Tensor
 
+from rwkv_runtime import noise
 from rwkv_runtime.controls import Controls
 
 INF = torch.inf
@@ -76,3 +80,31 @@ def test_masked_tokens_are_never_drawn_and_the_mass_at_the_cut_is_shared() -> No
     assert sum(counts) == 100
     assert 50 < counts[0] < 83  # 0.5 of 0.75, the two ties share the rest
     assert min(counts[1:]) > 5
+
+
+@triton.jit
+def noise_kernel(seed, position, noise, bound, SIZE: tl.constexpr):
+    first, second = gumbel.keys(tl.load(seed), tl.load(position))
+    ids = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    tl.store(noise + ids, gumbel.gumbel(ids, first, second))
+    tl.store(bound + ids, gumbel.gumbel_bound(ids, first, second))
+
+
+def test_noise_never_exceeds_its_bound_which_is_near_where_noise_is_large() -> None:
+    size = 1 << 20
+    ours, bound = torch.empty(size), torch.empty(size)
+    seed, position = torch.tensor([[77]]), torch.tensor([[1 << 35]])
+    noise_kernel[16,](seed, position, ours, bound, size // 16)
+    torch.testing.assert_close(ours, -noise.minus_gumbel(seed, position, torch.arange(size)[None])[0])
+    over = bound - ours
+    assert bool((over > 5e-5).all())
+    assert float(over[ours > 5].max()) < 0.07
+    assert int((ours > 5).sum()) > 5000
+
+
+@pytest.mark.parametrize("temperature", [0.02, 1.0, 1000.0])
+def test_the_same_tokens_where_little_of_the_mass_is_kept(temperature: float) -> None:
+    """Many candidates are ruled out first."""
+    logits = torch.randn(64, 9000, generator=torch.Generator().manual_seed(8)) * 0.3
+    plain, fast = both(logits, temperature=[temperature] * 64, top_p=[0.002, 0.02, 0.1, 0.3] * 16)
+    assert fast == plain
