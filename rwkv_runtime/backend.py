@@ -72,6 +72,16 @@ class Backend(ABC):
         """Compiles or captures one decode step; must leave `buffers`, which the tick changes, as it found them."""
         return tick
 
+    def step(self, forward: Forward, tokens: Tensor, state: State, absent: Tensor | None, logits: Tensor) -> None:
+        """The forward pass of a decode step: tokens int64 [B, 1] -> logits, a contiguous float32 buffer [B, V].
+
+        `absent`, float32 [V], is added to each row: -inf for ids that the vocabulary does not have.
+        """
+        if absent is None:
+            logits.copy_(forward(tokens, state))
+        else:
+            torch.add(forward(tokens, state), absent, out=logits)
+
     def settle(self, token: Tensor, logits: Tensor, refused: bool, outcome: Outcome) -> Tensor:
         """The end of a draw: a sampler's token, int64 [B], or -1 where it is none that may be drawn -> int64 [B].
 

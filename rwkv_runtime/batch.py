@@ -112,14 +112,11 @@ class Batch:
 
     def _think(self, size: int) -> Tick:
         """The forward pass of a step: tokens -> logits, -inf for ids that the vocabulary does not have."""
-        forward, tokens, state, logits = self.forward, self.tokens[:size], self.state.view(0, size), self.logits[:size]
-        absent = self.absent
+        step, forward, absent = self.backend.step, self.forward, self.absent
+        tokens, state, logits = self.tokens[:size], self.state.view(0, size), self.logits[:size]
 
         def think() -> None:
-            if absent is None:
-                logits.copy_(forward(tokens, state))
-            else:
-                torch.add(forward(tokens, state), absent, out=logits)
+            step(forward, tokens, state, absent, logits)
 
         return think
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from rwkv_backends.graphs import Graphs
 from rwkv_backends.kernels.tuning import Tuning
 from rwkv_backends.prompts import CapturedPrompts
-from rwkv_runtime import Backend, Forward, Model, Outcome, Tick, chunk_size, hookimpl
+from rwkv_runtime import Backend, Forward, Model, Outcome, State, Tick, chunk_size, hookimpl
 
 FAMILIES = {name: f"rwkv_backends.kernels.{name}" for name in ("rwkv6", "rwkv7")}
 """The modules that have `forward(model, tuning)` for the architecture of that name."""
@@ -71,6 +71,15 @@ class Fused(Backend):
 
     def freeze(self, tick: Tick, buffers: Sequence[Tensor]) -> Tick:
         return self._graphs.capture(tick, buffers) if buffers[0].is_cuda else tick
+
+    def step(self, forward: Forward, tokens: Tensor, state: State, absent: Tensor | None, logits: Tensor) -> None:
+        narrow: Forward | None = getattr(forward, "narrow", None)
+        if narrow is None:
+            super().step(forward, tokens, state, absent, logits)
+        else:
+            from rwkv_backends.kernels import widen
+
+            widen.widen(narrow(tokens, state), absent, logits)
 
     def settle(self, token: Tensor, logits: Tensor, refused: bool, outcome: Outcome) -> Tensor:
         ours = (outcome.drawn.is_cuda and token.is_cuda) or interpreted()

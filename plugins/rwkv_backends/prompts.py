@@ -24,6 +24,7 @@ class CapturedPrompts:
 
     def __init__(self, forward: Forward, model: Model, graphs: Graphs, length: int) -> None:
         self.forward, self.model, self.graphs, self.length = forward, model, graphs, length
+        self.narrow: Forward | None = getattr(forward, "narrow", None)
         self._chunk: _Chunk | None = None
         self._refused = False
         self._turn = threading.Lock()

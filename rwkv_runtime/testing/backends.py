@@ -141,7 +141,7 @@ def _frozen(trial: _Trial, forward: Forward) -> Iterator[str]:
     position = torch.zeros(ROWS, 1, dtype=torch.int64, device=device)
 
     def tick() -> None:
-        logits.copy_(forward(tokens, state))
+        trial.backend.step(forward, tokens, state, None, logits)
         position.add_(1)
 
     start = trial.tokens.shape[1] - TICKS
