@@ -17,6 +17,8 @@ from helpers import PRESENT, VOCAB_SIZE, apart, off, tokens_of
 from rwkv_backends.eager import Eager
 from rwkv_backends.fused import FAMILIES, Fused, interpreted
 from rwkv_backends.graphs import Graphs
+from rwkv_backends.kernels import rwkv6
+from rwkv_backends.kernels.beside import Beside
 from rwkv_backends.kernels.tuning import Tuning
 from rwkv_backends.prompts import CapturedPrompts
 from rwkv_samplers.nucleus import Nucleus
@@ -126,6 +128,44 @@ def test_kernels_that_overlap_say_what_they_say_one_by_one(plugins: Plugins, tok
     assert torch.equal(apart, overlapping)
 
 
+@pytest.mark.parametrize("rows", [3, 70])
+@pytest.mark.usefixtures("poisoned")
+def test_what_runs_beside_a_step_of_many_rows_changes_nothing(
+    plugins: Plugins, tokenizer: Tokenizer, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through many steps, in which a kernel that did not wait for the other stream, or for its inputs, would show;
+    then once without a graph."""
+    architecture = plugins.architectures.get("rwkv6")
+    tensors = architecture.random(architecture.sizes(3, 1024, VOCAB_SIZE, 64), dtype=torch.bfloat16)
+    model = build_model(tensors, [architecture], torch.device("cuda"))
+    beside = Engine(model, Fused(), Nucleus(), tokenizer, rows)
+    with monkeypatch.context() as patch:
+        patch.setattr(rwkv6, "Beside", lambda stream: Beside(None))
+        alone = Engine(model, Fused(Tuning(overlap=False)), Nucleus(), tokenizer, rows)
+    expected, said = (forced(engine, tokens_of(100), rows) for engine in (alone, beside))
+    assert bool(expected.isfinite().all())
+    assert torch.equal(expected, said)
+    for engine in (alone, beside):
+        with torch.inference_mode():
+            engine._think(rows)()
+    assert torch.equal(alone.logits, beside.logits)
+
+
+@pytest.mark.parametrize("quant", [None, "int8"])
+@pytest.mark.usefixtures("poisoned")
+def test_a_step_of_many_rows_is_what_that_of_few_is(plugins: Plugins, dtype: torch.dtype, quant: str | None) -> None:
+    """Seven layers, so that float16 halves the residual stream."""
+    architecture = plugins.architectures.get("rwkv6")
+    tensors = architecture.random(architecture.sizes(7, 320, VOCAB_SIZE, 64), dtype=dtype)
+    model = build_model(tensors, [architecture], torch.device("cuda"), dtype, quant=quant)
+    logits = []
+    for rows in (0, 20):
+        forward, state = Fused(Tuning(vector_rows=rows)).forward(model), model.new_state(20)
+        steps = torch.tensor([tokens_of(5, row) for row in range(20)], device="cuda").split(1, dim=1)
+        logits.append(torch.stack([forward(step, state) for step in steps]))
+    assert off(*logits) < (EXACT if dtype == torch.float32 else 0.03)
+
+
 @pytest.mark.parametrize("T", [2, 16, 17, 100, 1000])
 @pytest.mark.parametrize("B", [1, 3])
 @pytest.mark.parametrize("name", sorted(FAMILIES))
@@ -138,6 +178,22 @@ def test_prompts_say_what_plain_pytorch_says(plugins: Plugins, name: str, dtype:
     no_further(*(run(tokens, state, every=True) for run, state in zip(passes, states, strict=True)))
     for name in states[0].tensors:
         no_further(*(state[name] for state in states))
+
+
+@pytest.mark.parametrize("embd", [2048, 2560, 4096])
+@pytest.mark.usefixtures("poisoned")
+def test_kernels_of_a_prompt_say_the_same_one_by_one(plugins: Plugins, embd: int) -> None:
+    architecture = plugins.architectures.get("rwkv6")
+    tensors = architecture.random(architecture.sizes(3, embd, VOCAB_SIZE, 64), dtype=torch.bfloat16)
+    model = build_model(tensors, [architecture], torch.device("cuda"))
+    tokens = torch.tensor([tokens_of(1000, seed) for seed in range(2)], device="cuda")
+    states, logits = [model.new_state(2), model.new_state(2)], []
+    for on, state in zip((False, True), states, strict=True):
+        forward = Fused(Tuning(overlap=on)).forward(model)
+        logits.append(torch.cat([forward(piece, state) for piece in tokens.split([900, 100], dim=1)]))
+    assert bool(logits[0].isfinite().all())
+    assert torch.equal(*logits)
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0].tensors)
 
 
 def in_16_bits(model: Model) -> Model:
@@ -216,11 +272,11 @@ def test_many_requests_come_and_go(plugins: Plugins, tokenizer: Tokenizer) -> No
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_another_length_of_prompt_compiles_nothing(plugins: Plugins, name: str) -> None:
-    from rwkv_backends.kernels import chunk7, ffn, mixing, spans6, vector, wkv6, wkv7
+    from rwkv_backends.kernels import chunk7, ffn, mixing, narrow, spans6, tokens, vector, wkv6, wkv7
     from triton.runtime.jit import JITFunction
 
     def count() -> int:
-        modules = chunk7, ffn, mixing, spans6, vector, wkv6, wkv7
+        modules = chunk7, ffn, mixing, narrow, spans6, tokens, vector, wkv6, wkv7
         kernels = [k for module in modules for k in vars(module).values()]
         return sum(len(k.device_caches[0][0]) for k in kernels if isinstance(k, JITFunction))
 

@@ -29,25 +29,6 @@ def test_shift_lora(dtype: torch.dtype, tuning: Tuning) -> None:
     close(dtype, *zip(ours, (e, dx, (e + dx * maa.double()) @ w.double().t()), strict=True))
 
 
-@pytest.mark.parametrize("T", [1, 7, 18])
-def test_shift_and_lerps(dtype: torch.dtype, T: int) -> None:
-    draw = Draw(dtype)
-    M = B * T
-    x, prev, norm, maa, w = draw(M, C), draw(B, C), draw.norm(), draw(C), draw(5, R + 1, C)
-    lora, before = draw(M, 5 * R), prev.clone()
-    ours = mixing.shift(x, prev, norm, maa, T)
-    e = normed(x, norm)
-    dx = shifted(e, prev, T)
-    close(dtype, *zip(ours, (e, dx, e + dx * maa.double()), strict=True))
-    assert torch.equal(prev, before)
-
-    mixed = mixing.lerps(lora, ours[0], ours[1], w, prev, T, TUNING)
-    low = torch.tanh(lora.double()).view(M, 5, R).transpose(0, 1)
-    mix = torch.bmm(low, w.double()[:, :R]) + w.double()[:, R:]
-    close(dtype, (mixed, e + dx * mix))
-    assert torch.equal(prev, ours[0].view(B, T, C)[:, -1])
-
-
 def test_lerps_of_few_rows(dtype: torch.dtype) -> None:
     draw = Draw(dtype)
     e, dx, w, lora, prev = draw(B, C), draw(B, C), draw(5, R + 1, C), draw(B, 5 * R), draw(B, C)
@@ -76,24 +57,22 @@ def test_add_product(dtype: torch.dtype, int8: bool, tuning: Tuning) -> None:
 
 
 @pytest.mark.parametrize("T", [1, 5])
-def test_channel_mixing_of_many_rows(dtype: torch.dtype, T: int) -> None:
+def test_shift_and_sum_of_rwkv7_s_channel_mixing(dtype: torch.dtype, T: int) -> None:
     draw = Draw(dtype)
-    M = B * T
-    x, prev, norm, maa_k, maa_r = draw(M, C), draw(B, C), draw.norm(), draw(C), draw(C)
-    k, r, last = mixing.shift_two(x, prev, norm, (maa_k, maa_r), T)
+    x, prev, norm, maa, v = draw(B * T, C), draw(B, C), draw.norm(), draw(C), draw(B * T, C)
+    k, last = mixing.shift_one(x, prev, norm, maa, T)
     e = normed(x, norm)
-    dx = shifted(e, prev, T)
-    close(dtype, (k, e + dx * maa_k.double()), (r, e + dx * maa_r.double()), (last, e.view(B, T, C)[:, -1]))
-    twin = (x.double() + torch.sigmoid(r.double()) * k.double()) * 0.5
-    mixing.gate(r, k, last, x, prev, T, 0.5)
+    close(dtype, (k, e + shifted(e, prev, T) * maa.double()), (last, e.view(B, T, C)[:, -1]))
+    twin = x.double() + v.double()
+    mixing.add(v, last, x, prev, T)
     close(dtype, (x, twin))
     assert torch.equal(prev, last)
 
 
 def test_relu_squared(dtype: torch.dtype) -> None:
-    k = Draw(dtype)(30, 70)  # more than one program's share, and not a multiple of it
+    k = Draw(dtype)(100, 170)  # more than two programs' share, and not a multiple of it
     twin = torch.relu(k.double()) ** 2
-    assert mixing.relu_squared(k) is k
+    assert mixing.relu_squared(k, TUNING) is k
     close(dtype, (k, twin))
 
 

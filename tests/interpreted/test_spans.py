@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import apart
@@ -11,7 +13,7 @@ from test_kernels import DECAYS, gated, recurrence
 from torch import Tensor
 
 B, H, D = 2, 2, 5
-SHORT = Tuning(span=32)
+SHORT = Tuning(overlap=False, span=32)
 
 
 class Case:
@@ -56,7 +58,7 @@ def test_it_is_the_recurrence(decay: str, T: int) -> None:
 def test_spans_of_any_length_and_halves_give_the_same(dtype: torch.dtype, far: float, span: int) -> None:
     """float16 is computed in float32."""
     case = Case(140, 16, (-8, 3), dtype)
-    for ours, theirs in zip(case.ours(Tuning(span=span)), case.expected(), strict=True):
+    for ours, theirs in zip(case.ours(replace(SHORT, span=span)), case.expected(), strict=True):
         assert apart(ours, theirs) < far
     assert case.ours(SHORT, dtype)[0].dtype == dtype
 
@@ -64,7 +66,7 @@ def test_spans_of_any_length_and_halves_give_the_same(dtype: torch.dtype, far: f
 @pytest.mark.parametrize("decay", sorted(DECAYS))
 def test_products_in_bfloat16_are_as_near_as_its_digits_allow(decay: str) -> None:
     case = Case(140, 32, DECAYS[decay], torch.bfloat16)
-    for ours, theirs in zip(case.ours(Tuning()), case.expected(), strict=True):
+    for ours, theirs in zip(case.ours(Tuning(overlap=False)), case.expected(), strict=True):
         assert apart(ours, theirs) < 0.01
 
 
@@ -85,3 +87,19 @@ def test_a_decay_of_zero_forgets_all_and_of_one_keeps_all() -> None:
     torch.testing.assert_close(zero.ours(SHORT)[1], k[:, :, -1, :, None] * v[:, :, -1, None])
     k, v = (part.view(B, 40, H, 16).transpose(1, 2) for part in one.kvrg[:2])
     torch.testing.assert_close(one.ours(SHORT)[1], one.kv[:B] + k.transpose(2, 3) @ v)
+
+
+@pytest.mark.parametrize("least", [0, 1, 7, 80])
+@pytest.mark.parametrize("decay", ["usual", "all"])
+def test_spans_may_be_halved_as_often_as_one_likes(decay: str, least: int) -> None:
+    """Some are halved until blocks of two are left, or not at all, and some until decays can be divided by."""
+    case = Case(77, 16, DECAYS[decay])
+    for ours, theirs in zip(case.ours(replace(SHORT, least_decay=least, span=64)), case.expected(), strict=True):
+        assert apart(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("ahead", [1, 4])
+def test_states_asked_for_ahead_change_nothing(ahead: int) -> None:
+    case = Case(77, 16, DECAYS["usual"])
+    for ours, theirs in zip(case.ours(replace(SHORT, carry_ahead=ahead)), case.expected(), strict=True):
+        assert apart(ours, theirs) < 1e-5

@@ -8,6 +8,10 @@ even of 2560 columns: two, with their sums, take so many registers that three pr
 Annotations are real types, not strings: Triton reads them.
 """
 
+# Tuples grow by addition, since Triton does not unpack; mypy would have each keep its length.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
+
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +26,7 @@ from rwkv_backends.kernels.rows import (
     load_rows,
     minus,
     norm_of,
+    opened,
     plus_product,
     store_row,
     times,
@@ -34,35 +39,42 @@ PART_COLS = 16
 
 
 @triton.jit
-def keys(x, w, scale_ptr, rows, end):
+def keys(x, w, w_ptr, scale_ptr, rows, end):
     """relu(W x)^2 of a tile's rows, zero from row `end` on."""
-    y = times(w, x)
     if scale_ptr is not None:
-        y *= tl.load(scale_ptr + rows, mask=rows < end, other=0.0)
+        scale = tl.load(scale_ptr + rows, mask=rows < end, other=0.0)
+    y = times(w, w_ptr, x)
+    if scale_ptr is not None:
+        y *= scale
     y = tl.maximum(y, 0.0)
     return y * y
 
 
 @triton.jit
-def values(v, k):
-    """V^T k, for a few rows of V."""
-    return tl.sum(v[0].to(tl.float32) * k[:, None], 0)
+def plus_values(total, v, v_ptr, k):
+    """total + V^T k, for a few rows of V as `load_rows` has them from v_ptr."""
+    y = ()
+    for i in tl.static_range(len(v)):
+        y = y + (total[i] + tl.sum(opened(v[i], v_ptr) * k[:, None], 0),)
+    return y
 
 
 @triton.jit
 def key_value_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_k_ptr, maa_r_ptr, key_ptr, key_scale_ptr,
                      receptance_ptr, receptance_scale_ptr, value_ptr, normed_ptr, parts_ptr, r_ptr, F, KEYS,
-                     C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                     C: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr,
+                     AHEAD: tl.constexpr, MORE: tl.constexpr, KEEP: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    """AHEAD tiles of keys are asked for at a time, an even number; MORE is of the receptance."""
     let_next_begin(OVERLAP)
     p, b = tl.program_id(0), tl.program_id(1)
-    cols = columns(BLOCK, 0)
+    cols = columns(BLOCK, REST)
     if p < KEYS:
         begin, stop = share(p, KEYS, tl.cdiv(F, ROWS))
         end = tl.minimum(stop * ROWS, F)
         rows = begin * ROWS + tl.arange(0, ROWS)
-        first, w = first_tiles(key_ptr, begin, stop, F, cols, C, ROWS)
+        tiles = first_tiles(key_ptr, begin, stop, F, cols, C, ROWS, AHEAD, KEEP)
         if OVERLAP:  # unconditionally: there is nothing else to do yet
-            v = load_rows(value_ptr, rows, rows < end, cols, C)
+            v = load_rows(value_ptr, rows, rows < end, cols, C, KEEP)
         weight, bias = load_row(weight_ptr, cols, C), load_row(bias_ptr, cols, C)
         maa, prev = load_row(maa_k_ptr, cols, C), load_row(prev_ptr + b * C, cols, C)
         wait_for_earlier(OVERLAP)
@@ -70,34 +82,35 @@ def key_value_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_k_ptr, maa_r_ptr
         if p == 0:
             store_row(normed_ptr + b * C, x, cols, C)
         x = plus_product(x, minus(prev, x), maa)
-        ahead = load_rows(key_ptr, rows + 2 * ROWS, rows + 2 * ROWS < end, cols, C)
-        k = keys(x, first, key_scale_ptr, rows, end)
+        k = keys(x, tiles[0], key_ptr, key_scale_ptr, rows, end)
+        tiles = tiles[1:] + (load_rows(key_ptr, rows + AHEAD * ROWS, rows + AHEAD * ROWS < end, cols, C, KEEP),)
         if not OVERLAP:
-            v = load_rows(value_ptr, rows, k != 0.0, cols, C)
-        total = tl.zeros((BLOCK,), tl.float32)
-        for _ in range(begin + 1, stop):
-            rows += ROWS
-            later = load_rows(key_ptr, rows + 2 * ROWS, rows + 2 * ROWS < end, cols, C)
-            k_next = keys(x, w, key_scale_ptr, rows, end)
-            v_next = load_rows(value_ptr, rows, k_next != 0.0, cols, C)
-            total += values(v, k)
-            w = ahead
-            ahead = later
-            v = v_next
-            k = k_next
-        total += values(v, k)
-        store_row(parts_ptr + (p * tl.num_programs(1) + b) * C, (total,), cols, C)
+            v = load_rows(value_ptr, rows, k != 0.0, cols, C, KEEP)
+        total = minus(x, x)
+        for _ in range(begin + 1, stop, AHEAD):  # as in `products`; two tiles of values take turns
+            later = ()
+            for j in tl.static_range(AHEAD):
+                rows += ROWS
+                k_next = keys(x, tiles[j], key_ptr, key_scale_ptr, rows, end)
+                later = later + (load_rows(key_ptr, rows + AHEAD * ROWS, rows + AHEAD * ROWS < end, cols, C, KEEP),)
+                v_next = load_rows(value_ptr, rows, k_next != 0.0, cols, C, KEEP)
+                total = plus_values(total, v, value_ptr, k)
+                v = v_next
+                k = k_next
+            tiles = later
+        total = plus_values(total, v, value_ptr, k)
+        store_row(parts_ptr + (p * tl.num_programs(1) + b) * C, total, cols, C)
     elif receptance_ptr is not None:
         begin, stop = share(p - KEYS, tl.num_programs(0) - KEYS, tl.cdiv(C, ROWS))
-        first, w = first_tiles(receptance_ptr, begin, stop, C, cols, C, ROWS)
+        others = first_tiles(receptance_ptr, begin, stop, C, cols, C, ROWS, AHEAD, KEEP)
         weight, bias = load_row(weight_ptr, cols, C), load_row(bias_ptr, cols, C)
         maa, prev = load_row(maa_r_ptr, cols, C), load_row(prev_ptr + b * C, cols, C)
         wait_for_earlier(OVERLAP)
         x = norm_of(x_ptr + b * C, weight, bias, cols, C)
         x = plus_product(x, minus(prev, x), maa)
         r_at = r_ptr + b * C
-        products(x, first, w, receptance_ptr, receptance_scale_ptr, 0, r_at, begin, stop, C, cols, C, ROWS,
-                 "sigmoid")  # fmt: skip
+        products(x, others, receptance_ptr, receptance_scale_ptr, 0, r_at, begin, stop, C, cols, C, ROWS,
+                 MORE, "sigmoid", KEEP)  # fmt: skip
 
 
 @triton.jit
@@ -135,13 +148,15 @@ def channel_mixing(
     has its scales of its columns.
     """
     (B, C), F = x.shape, key.weight.shape[0]
-    keys, others = _programs(C, F, receptance is not None, tuning)
+    held = Rows(C, F, tuning)
+    ahead = held.ahead_normed()
+    keys, others = _programs(held, receptance is not None)
     normed, full = torch.empty_like(x), torch.float32
     parts = x.new_empty(keys, B, C, dtype=full)
     r = None if receptance is None else x.new_empty(B, C, dtype=full)
     key_value_kernel[keys + others, B](
         x, prev, *norm, *maa, *key, *(receptance or (None, None)), value.weight, normed, parts, r, F, keys,
-        **Rows(C, F, tuning, whole=True).options(x),
+        **held.options(x, ahead, (C, max(1, others))) | {"AHEAD": ahead},
     )  # fmt: skip
     wide = triton.next_power_of_2(keys)
     parts_kernel[triton.cdiv(C, PART_COLS), B](
@@ -150,11 +165,11 @@ def channel_mixing(
     )  # fmt: skip
 
 
-def _programs(C: int, F: int, gated: bool, tuning: Tuning) -> tuple[int, int]:
+def _programs(held: Rows, gated: bool) -> tuple[int, int]:
     """For the keys, all with the same number of tiles, and for the receptance. A quarter of the values is expected."""
-    work = F + F // 4 + (C if gated else 0)
-    rows = Rows(C, work, tuning, whole=True)
-    tiles = triton.cdiv(F, tuning.tile_rows)
-    each = max(1, round(tiles / rows.programs(F + F // 4)))
+    C, F, rows = held.C, held.total, held.tile_rows()
+    held = held._replace(total=F + F // 4 + (C if gated else 0))
+    tiles = triton.cdiv(F, rows)
+    each = max(1, round(tiles / held.programs(F + F // 4)))
     keys = triton.cdiv(tiles, each)
-    return keys, max(1, min(triton.cdiv(C, tuning.tile_rows), rows.programs(work) - keys)) if gated else 0
+    return keys, max(1, min(triton.cdiv(C, rows), held.room() - keys)) if gated else 0

@@ -12,6 +12,9 @@ from torch import Tensor
 from rwkv_backends.kernels.device import let_next_begin, load_vector, norm_row, store, tanh, wait_for_earlier
 from rwkv_backends.kernels.tuning import Tuning
 
+SQUARES = 8192
+"""Numbers that one program squares."""
+
 
 @triton.jit
 def embed_kernel(tokens_ptr, emb_ptr, weight_ptr, bias_ptr, x_ptr, C: tl.constexpr, BLOCK: tl.constexpr,
@@ -39,27 +42,13 @@ def normed_pair(x_ptr, prev_ptr, weight_ptr, bias_ptr, m, T, cols, mask, C: tl.c
 
 
 @triton.jit(do_not_specialize=["T"])
-def shift_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_ptr, normed_ptr, dx_ptr, out_ptr, T,
-                 C: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    m = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, BLOCK)
-    mask = cols < C
-    x, dx = normed_pair(x_ptr, prev_ptr, weight_ptr, bias_ptr, m, T, cols, mask, C)
-    store(normed_ptr + m * C + cols, x, mask)
-    store(dx_ptr + m * C + cols, dx, mask)
-    store(out_ptr + m * C + cols, x + dx * load_vector(maa_ptr, cols, mask), mask)
-
-
-@triton.jit(do_not_specialize=["T"])
-def shift_two_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_k_ptr, maa_r_ptr, k_ptr, r_ptr, last_ptr, T,
+def shift_one_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_ptr, out_ptr, last_ptr, T,
                      C: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     m = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < C
     x, dx = normed_pair(x_ptr, prev_ptr, weight_ptr, bias_ptr, m, T, cols, mask, C)
-    store(k_ptr + m * C + cols, x + dx * load_vector(maa_k_ptr, cols, mask), mask)
-    if r_ptr is not None:
-        store(r_ptr + m * C + cols, x + dx * load_vector(maa_r_ptr, cols, mask), mask)
+    store(out_ptr + m * C + cols, x + dx * load_vector(maa_ptr, cols, mask), mask)
     store(last_ptr + m // T * C + cols, x, cols < tl.where(m % T == T - 1, C, 0))
 
 
@@ -76,9 +65,23 @@ def shift_six_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, mu_ptr, out_ptr, las
     store(last_ptr + m // T * C + cols, x, cols < tl.where(m % T == T - 1, C, 0))
 
 
+@triton.jit
+def shifted(normed_ptr, prev_ptr, x, start, row, cols, at, mask, T, C: tl.constexpr):
+    """What the rows before those of x leave, minus these."""
+    m = start + row
+    first = m % T == 0
+    before = tl.load(normed_ptr + start * C - C + at, mask=mask & (m % T > 0), other=0.0)
+    prev = tl.load(prev_ptr + m // T * C + cols[None, :], mask=mask & first, other=0.0)
+    dx = tl.where(first, prev, before).to(tl.float32) - x.to(tl.float32)
+    return dx.to(x.dtype)
+
+
 @triton.jit(do_not_specialize=["M", "T"])
-def lerps_kernel(lora_ptr, normed_ptr, dx_ptr, w_ptr, out_ptr, prev_ptr, M, T, R: tl.constexpr, C: tl.constexpr,
-                 RANK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+def lerps_kernel(lora_ptr, normed_ptr, w_ptr, out_ptr, prev_ptr, M, T, R: tl.constexpr, C: tl.constexpr,
+                 RANK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr,
+                 OVERLAP: tl.constexpr):  # fmt: skip
+    let_next_begin(OVERLAP)
+    wait_for_earlier(OVERLAP)
     start = tl.program_id(0).to(tl.int64) * ROWS
     row, rank = tl.arange(0, ROWS)[:, None], tl.arange(0, RANK)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
@@ -87,7 +90,7 @@ def lerps_kernel(lora_ptr, normed_ptr, dx_ptr, w_ptr, out_ptr, prev_ptr, M, T, R
     mask = live & (cols < C)[None, :]
     at = row * C + cols[None, :]
     x = tl.load(normed_ptr + start * C + at, mask=mask, other=0.0)
-    dx = tl.load(dx_ptr + start * C + at, mask=mask, other=0.0)
+    dx = shifted(normed_ptr, prev_ptr, x, start, row, cols, at, mask, T, C)
     for part in tl.range(PARTS, num_stages=3):  # the weights of the next parts are on their way
         i = first + part
         lora_at = lora_ptr + start * (5 * R) + i * R + row * (5 * R) + rank[None, :]
@@ -97,27 +100,25 @@ def lerps_kernel(lora_ptr, normed_ptr, dx_ptr, w_ptr, out_ptr, prev_ptr, M, T, R
         maa = load_vector(w_ptr + (i * (R + 1) + R) * C, cols, cols < C)
         mix = tl.dot(tanh(lora.to(tl.float32)).to(w.dtype), w, input_precision="ieee") + maa[None, :]
         store(out_ptr + (i * tl.cast(M, tl.int64) + start) * C + at, x.to(tl.float32) + dx.to(tl.float32) * mix, mask)
-    m = tl.program_id(0) * ROWS + row
-    last = m % T == tl.where(first == 0, T - 1, -1)  # written by the programs of the first part alone
-    store(prev_ptr + m // T * C + cols[None, :], x, mask & last)
 
 
 @triton.jit
-def relu_squared_kernel(k_ptr, size, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def relu_squared_kernel(k_ptr, size, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    let_next_begin(OVERLAP)
+    wait_for_earlier(OVERLAP)
+    # The last first: it is what the cache still has, and what is squared last is what the next product begins with.
+    at = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     k = tl.maximum(tl.load(k_ptr + at, mask=at < size, other=0.0).to(tl.float32), 0.0)
     store(k_ptr + at, k * k, at < size)
 
 
 @triton.jit(do_not_specialize=["T"])
-def gate_kernel(r_ptr, v_ptr, last_ptr, x_ptr, prev_ptr, T, scale, C: tl.constexpr, BLOCK: tl.constexpr):
+def plus_kernel(v_ptr, last_ptr, x_ptr, prev_ptr, T, C: tl.constexpr, BLOCK: tl.constexpr):
     m = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < C
     v = load_vector(v_ptr + m * C, cols, mask)
-    if r_ptr is not None:
-        v *= tl.sigmoid(load_vector(r_ptr + m * C, cols, mask))
-    store(x_ptr + m * C + cols, (load_vector(x_ptr + m * C, cols, mask) + v) * scale, mask)
+    store(x_ptr + m * C + cols, load_vector(x_ptr + m * C, cols, mask) + v, mask)
     mask = cols < tl.where(m % T == T - 1, C, 0)
     store(prev_ptr + m // T * C + cols, load_vector(last_ptr + m // T * C, cols, mask), mask)
 
@@ -136,33 +137,16 @@ def embed(tokens: Tensor, emb: Tensor, norm: tuple[Tensor, Tensor], tuning: Tuni
     return x
 
 
-def shift(x: Tensor, prev: Tensor, norm: tuple[Tensor, Tensor], maa: Tensor, T: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x [M, C], prev [B, C] -> LN(x), dx (what the token before leaves, minus that) and LN(x) + dx maa, all [M, C]."""
-    M, C = x.shape
-    normed, dx, out = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
-    shift_kernel[M,](x, prev, *norm, maa, normed, dx, out, T, **across(C))
-    return normed, dx, out
+def shift_one(x: Tensor, prev: Tensor, norm: tuple[Tensor, Tensor], maa: Tensor, T: int) -> tuple[Tensor, Tensor]:
+    """x [M, C], prev [B, C] -> LN(x) + dx maa [M, C], and LN(x) of each sequence's last token [B, C].
 
-
-def shift_two(
-    x: Tensor, prev: Tensor, norm: tuple[Tensor, Tensor], maa: tuple[Tensor, Tensor], T: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x [M, C], prev [B, C] -> LN(x) + dx maa for both [M, C], and LN(x) of each sequence's last token [B, C].
-
-    `prev` is left for `gate` to update: the program of a first token reads it, that of a last one would write it.
+    dx is what the token before leaves, minus LN(x). `prev` is left for `add` to update: the program of a first token
+    reads it, that of a last one would write it.
     """
     M, C = x.shape
-    k, r, last = torch.empty_like(x), torch.empty_like(x), torch.empty_like(prev)
-    shift_two_kernel[M,](x, prev, *norm, *maa, k, r, last, T, **across(C))
-    return k, r, last
-
-
-def shift_one(x: Tensor, prev: Tensor, norm: tuple[Tensor, Tensor], maa: Tensor, T: int) -> tuple[Tensor, Tensor]:
-    """As `shift_two` for one."""
-    M, C = x.shape
-    k, last = torch.empty_like(x), torch.empty_like(prev)
-    shift_two_kernel[M,](x, prev, *norm, maa, None, k, None, last, T, **across(C))
-    return k, last
+    out, last = torch.empty_like(x), torch.empty_like(prev)
+    shift_one_kernel[M,](x, prev, *norm, maa, out, last, T, **across(C))
+    return out, last
 
 
 def shift_six(x: Tensor, prev: Tensor, norm: tuple[Tensor, Tensor], mu: Tensor, T: int) -> tuple[Tensor, Tensor]:
@@ -173,10 +157,10 @@ def shift_six(x: Tensor, prev: Tensor, norm: tuple[Tensor, Tensor], mu: Tensor, 
     return out, last
 
 
-def lerps(lora: Tensor, normed: Tensor, dx: Tensor, w: Tensor, prev: Tensor, T: int, tuning: Tuning) -> Tensor:
+def lerps(lora: Tensor, normed: Tensor, w: Tensor, prev: Tensor, T: int, tuning: Tuning) -> Tensor:
     """normed + dx (tanh(lora) W + maa): lora [M, 5R], w [5, R + 1, C], its last row maa -> [5, M, C].
 
-    Writes what the next token is shifted from: prev [B, C] = normed of each sequence's last token.
+    dx is what the token before leaves, for the first one prev [B, C], minus normed [M, C].
     """
     (M, C), R = normed.shape, w.shape[1] - 1
     out = normed.new_empty(5, M, C)
@@ -185,19 +169,20 @@ def lerps(lora: Tensor, normed: Tensor, dx: Tensor, w: Tensor, prev: Tensor, T: 
     parts = tuning.lerp_parts(M)
     grid = (triton.cdiv(M, rows), triton.cdiv(C, cols), 5 // parts)
     lerps_kernel[grid](
-        lora, normed, dx, w, out, prev, M, T, R, C, rank, rows, cols, parts,
-        num_warps=4, maxnreg=168,  # three programs share a multiprocessor
+        lora, normed, w, out, prev, M, T, R, C, rank, rows, cols, parts,
+        # Four programs share a multiprocessor, with larger adapters three.
+        num_warps=4, maxnreg=128 if rank <= 32 else 168, **tuning.launch,
     )  # fmt: skip
     return out
 
 
-def relu_squared(k: Tensor) -> Tensor:
+def relu_squared(k: Tensor, tuning: Tuning) -> Tensor:
     """In place."""
-    relu_squared_kernel[triton.cdiv(k.numel(), 2048),](k, k.numel(), 2048)
+    relu_squared_kernel[triton.cdiv(k.numel(), SQUARES),](k, k.numel(), SQUARES, num_warps=8, **tuning.launch)
     return k
 
 
-def gate(r: Tensor | None, v: Tensor, last: Tensor, x: Tensor, prev: Tensor, T: int, scale: float) -> None:
-    """x = (x + sigmoid(r) v) scale, all [M, C] (without r: x + v), and prev = last [B, C]."""
+def add(v: Tensor, last: Tensor, x: Tensor, prev: Tensor, T: int) -> None:
+    """x += v, both [M, C], and prev = last [B, C]."""
     M, C = x.shape
-    gate_kernel[M,](r, v, last, x, prev, T, scale, **across(C))
+    plus_kernel[M,](v, last, x, prev, T, **across(C))

@@ -1,7 +1,7 @@
-"""A row of C numbers in the registers of one program, as one piece or two.
+"""A row of C numbers in the registers of one program, as one piece or some of the same size.
 
-A piece is a power of two, so that one piece of 4096 for a row of 2560 leaves three eighths of the threads idle; 2048
-and 512 use them all. Each value here is a tuple of pieces. Annotations are real types, not strings: Triton reads them.
+A piece is a power of two, so that one piece of 4096 for a row of 2560 leaves three eighths of the threads idle; five of
+512 use them all. Each value here is a tuple of pieces. Annotations are real types, not strings: Triton reads them.
 """
 
 # Tuples grow by addition, since Triton does not unpack; mypy would have each keep its length.
@@ -17,15 +17,18 @@ from torch import Tensor
 from rwkv_backends.kernels.device import store
 from rwkv_backends.kernels.tuning import Tuning
 
+NORMED = 2
+"""Tiles that a program asks for at a time where it holds the weights of a layer norm, too; an even number."""
 WARP_COLS = 512
 """Columns of a row that a warp holds, as far as programs may be that large."""
 
 
 @triton.jit
 def columns(BLOCK: tl.constexpr, REST: tl.constexpr):
+    """A piece of BLOCK columns, and as many more as the REST takes."""
     cols = (tl.arange(0, BLOCK),)
-    if REST:
-        cols = cols + (BLOCK + tl.arange(0, REST),)
+    for i in tl.static_range(REST // BLOCK):
+        cols = cols + (BLOCK + i * BLOCK + tl.arange(0, BLOCK),)
     return cols
 
 
@@ -39,13 +42,39 @@ def load_row(ptr, cols, C: tl.constexpr):
 
 
 @triton.jit
-def load_rows(ptr, rows, wanted, cols, C: tl.constexpr):
-    """Those of a matrix of C columns that are wanted, the others zero: they cost no traffic."""
+def load_rows(ptr, rows, wanted, cols, C: tl.constexpr, KEEP: tl.constexpr):
+    """Those of a matrix of C columns that are wanted, the others zero: they cost no traffic.
+
+    Smaller numbers come as whole words of 32 bits, for `opened`. What a loop carries is kept number by number: were
+    they apart, each turn would end by waiting for what it has asked for.
+    """
+    PACK: tl.constexpr = 32 // ptr.dtype.element_ty.primitive_bitwidth
+    words = ptr.to(tl.pointer_type(tl.int32), bitcast=True) if PACK > 1 else ptr
     tile = ()
     for i in tl.static_range(len(cols)):
-        at = ptr + rows[:, None] * C + cols[i][None, :]
-        tile = tile + (tl.load(at, mask=wanted[:, None] & (cols[i] < C)[None, :], other=0.0),)
+        word = (i * cols[0].shape[0]) // PACK + tl.arange(0, cols[i].shape[0] // PACK)
+        at = words + rows[:, None] * (C // PACK) + word[None, :]
+        tile = tile + (tl.load(at, mask=wanted[:, None] & (word < C // PACK)[None, :], other=0, eviction_policy=KEEP),)
     return tile
+
+
+@triton.jit
+def opened(words, ptr):
+    """The numbers of a piece of a tile that `load_rows` has loaded from ptr: float32."""
+    TYPE: tl.constexpr = ptr.dtype.element_ty
+    if TYPE.primitive_bitwidth == 8:
+        even = tl.join(words << 24, words << 8) >> 24
+        odd = tl.join(words << 16, words) >> 24
+    elif TYPE.is_bf16():
+        even, odd = (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True)
+    elif TYPE.primitive_bitwidth == 16:
+        even = words.to(tl.int16).to(TYPE, bitcast=True)
+        odd = (words >> 16).to(tl.int16).to(TYPE, bitcast=True)
+    if TYPE.primitive_bitwidth == 32:
+        y = words
+    else:
+        y = tl.join(even, odd).reshape(words.shape[0], words.shape[1] * (32 // TYPE.primitive_bitwidth))
+    return y.to(tl.float32)
 
 
 @triton.jit
@@ -80,33 +109,34 @@ def plus_product(x, a, b):
 
 
 @triton.jit
-def times(w, x):
-    """W x, for a few rows of W."""
-    y = tl.sum(w[0].to(tl.float32) * x[0][None, :], 1)
-    for i in tl.static_range(1, len(x)):
-        y += tl.sum(w[i].to(tl.float32) * x[i][None, :], 1)
-    return y
+def times(w, ptr, x):
+    """W x, for a few rows of W as `load_rows` has them from ptr."""
+    parts = ()
+    for i in tl.static_range(len(x)):
+        parts = parts + (opened(w[i], ptr) * x[i][None, :],)
+    return total(parts, 1)
 
 
 @triton.jit
-def total(row):
-    y = tl.sum(row[0], 0)
+def total(row, AXIS: tl.constexpr):
+    """Pieces are added up first: that takes no thread's waiting for another."""
+    y = row[0]
     for i in tl.static_range(1, len(row)):
-        y += tl.sum(row[i], 0)
-    return y
+        y += row[i]
+    return tl.sum(y, AXIS)
 
 
 @triton.jit
 def norm_of(x_ptr, weight, bias, cols, C: tl.constexpr):
     """Layer norm of the row at x_ptr, float32, rounded as the model keeps it: the state holds the same."""
     x = widened(load_row(x_ptr, cols, C))
-    mean = total(x) / C
+    mean = total(x, 0) / C
     apart = ()
     squares = ()
     for i in tl.static_range(len(cols)):
         apart = apart + (tl.where(cols[i] < C, x[i] - mean, 0.0),)
         squares = squares + (apart[i] * apart[i],)
-    scale = tl.rsqrt(total(squares) / C + 1e-5)
+    scale = tl.rsqrt(total(squares, 0) / C + 1e-5)
     y = ()
     for i in tl.static_range(len(cols)):
         normed = apart[i] * scale * weight[i].to(tl.float32) + bias[i].to(tl.float32)
@@ -120,30 +150,54 @@ class Rows(NamedTuple):
     C: int
     total: int  # rows of all of them
     tuning: Tuning
-    whole: bool = False  # each as one piece, however much of it is idle
 
     def pieces(self) -> tuple[int, int]:
-        """Powers of two that together hold a row; the second may be 0."""
-        whole = triton.next_power_of_2(self.C)
-        rest = triton.next_power_of_2(self.C - whole // 2)
-        split = not self.whole and self.tuning.pieces_from <= self.C and rest < whole // 2
-        return (whole // 2, rest) if split else (whole, 0)
+        """Columns of the first, a power of two, and of the others together: a row has one piece, or five or six."""
+        whole = int(triton.next_power_of_2(self.C))
+        size = whole // 8
+        return (size, (triton.cdiv(self.C, size) - 1) * size) if self.split() else (whole, 0)
+
+    def split(self) -> bool:
+        """Whether in pieces: where one would leave a quarter of the threads idle, or more."""
+        return self.tuning.pieces_from <= self.C <= int(triton.next_power_of_2(self.C)) * 3 // 4
+
+    def tile_rows(self) -> int:
+        """Of a tile. Of two rows in pieces, each would be with half of the threads, and the vector moved to both."""
+        return 1 if self.split() else self.tuning.tile_rows
 
     def warps(self) -> int:
         """Of a program: usually 16 to 24 columns a thread."""
-        return max(1, min(8, self.pieces()[0] // WARP_COLS))
+        return max(1, min(8, (int(triton.next_power_of_2(self.C)) >> self.split()) // WARP_COLS))
 
     def programs(self, rows: int) -> int:
         """How many take so many of the rows."""
-        tiles = int(triton.cdiv(rows, self.tuning.tile_rows))
-        programs = self.tuning.programs * 4 // max(4, self.warps())
-        return max(1, min(tiles, round(programs * rows / self.total)))
+        tiles = int(triton.cdiv(rows, self.tile_rows()))
+        return max(1, min(tiles, round(self.room() * rows / self.total)))
 
-    def options(self, like: Tensor) -> dict[str, Any]:
-        """For a vector like this one."""
+    def room(self) -> int:
+        """How many programs run at once."""
+        return self.tuning.programs * 4 // max(4, self.warps())
+
+    def ahead(self) -> int:
+        """Tiles that a program which holds nothing else but a vector has registers for."""
+        return max(1, self.tuning.ahead - 2 * self.split()) * self.tuning.tile_rows // self.tile_rows()
+
+    def ahead_normed(self) -> int:
+        """The same where it holds what a layer norm needs as well."""
+        return NORMED * self.tuning.tile_rows // self.tile_rows()
+
+    def options(self, like: Tensor, ahead: int, *shares: tuple[int, int]) -> dict[str, Any]:
+        """For a vector like this one, where a program asks for so many tiles at a time; shares are rows and programs.
+
+        Its turns are all of one length.
+        """
         block, rest = self.pieces()
-        sizes = {"C": self.C, "BLOCK": block, "ROWS": self.tuning.tile_rows, **({} if self.whole else {"REST": rest})}
+        most = max(triton.cdiv(triton.cdiv(rows, self.tile_rows()), programs) for rows, programs in shares)
+        turns = triton.cdiv(most, ahead)
+        tiles = {"ROWS": self.tile_rows(), "AHEAD": triton.cdiv(most, turns), "MORE": turns > 1}
         # Left to itself, ptxas stops at 80 registers in some of the kernels and spills. With more than 128, a
         # multiprocessor has no room for four programs of four warps, or two of eight.
         registers = {"maxnreg": 128 if like.element_size() < 4 else 255} if self.tuning.overlap else {}
-        return {**sizes, "num_warps": self.warps(), **registers, **self.tuning.launch}
+        sizes: dict[str, Any] = {"C": self.C, "BLOCK": block, "REST": rest, "num_warps": self.warps()}
+        sizes["KEEP"] = "evict_first" if like.shape[-2] == 1 else ""
+        return {**sizes, **tiles, **registers, **self.tuning.launch}

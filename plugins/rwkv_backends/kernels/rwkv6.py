@@ -6,13 +6,15 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from rwkv_layers.linear import Matrix, dense, linear, linears
+from rwkv_layers.linear import Matrix, linear
 from rwkv_layers.rwkv6 import RESCALE_EVERY, Block, Weights
 from torch import Tensor
 
-from rwkv_backends.kernels import mixing, spans6, vector, wkv6
+from rwkv_backends.kernels import batch6, mixing, prompt6, vector, wkv6
+from rwkv_backends.kernels.beside import Beside
 from rwkv_backends.kernels.ffn import channel_mixing
 from rwkv_backends.kernels.tuning import Tuning
+from rwkv_backends.kernels.widen import Widened
 from rwkv_runtime import Forward, Model, State
 
 
@@ -39,25 +41,28 @@ def forward(model: Model, tuning: Tuning) -> Forward:
     """The forward pass of a model; see `Forward` for what it takes."""
     weights: Weights = model.weights
     layers = pack(weights, tuning)
+    blocks = [(layer.block, layer.scale) for layer in layers]
+    second = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
 
     def run(tokens: Tensor, state: State, every: bool = False) -> Tensor:
         B, T = tokens.shape
         with torch.cuda.device_of(tokens):
             x = mixing.embed(tokens.flatten().contiguous(), weights.emb, weights.ln0, tuning)
-            few = T == 1 and tuning.vector_rows >= B
-            layer = _few if few else _many
-            # One layer of a state is contiguous, whichever of its rows a view has; the engine moves rows so that
-            # those at work are always the first: no kernel needs to be told which they are.
-            for i, weight in enumerate(layers):
-                layer(x, state["att_x_prev"][i], state["att_kv"][i], state["ffn_x_prev"][i], weight, tuning)
-            if few:
+            if T > 1:
+                x = prompt6.read(x, state, blocks, tuning).view(B, T, -1)
+                x = x if every else x[:, -1]
+                return linear(F.layer_norm(x, x.shape[-1:], *weights.ln_out), weights.head)
+            if tuning.vector_rows >= B:
+                # One layer of a state is contiguous, whichever of its rows a view has; the engine moves rows so that
+                # those at work are always the first: no kernel needs to be told which they are.
+                for i, layer in enumerate(layers):
+                    _few(x, state["att_x_prev"][i], state["att_kv"][i], state["ffn_x_prev"][i], layer, tuning)
                 logits = vector.head(x, weights.ln_out, weights.head, tuning)
-                return logits.unsqueeze(1) if every else logits
-            x = x.view(B, T, -1)
-            x = x if every else x[:, -1]
-            return linear(F.layer_norm(x, x.shape[-1:], *weights.ln_out), weights.head).float()
+            else:
+                logits = linear(batch6.step(x, state, blocks, weights.ln_out, Beside(second), tuning), weights.head)
+            return logits.unsqueeze(1) if every else logits
 
-    return run
+    return Widened(run)
 
 
 def _few(x: Tensor, att_x: Tensor, att_kv: Tensor, ffn_x: Tensor, layer: Layer, tuning: Tuning) -> None:
@@ -71,26 +76,3 @@ def _few(x: Tensor, att_x: Tensor, att_kv: Tensor, ffn_x: Tensor, layer: Layer, 
     vector.add_product(out, att.output, x, tuning)
     maa, matrices = (ffn.maa_k, ffn.maa_r), (ffn.key, ffn.receptance, layer.value)
     channel_mixing(x, ffn_x, layer.block.ln2, maa, *matrices, layer.scale, tuning)
-
-
-def _many(x: Tensor, att_x: Tensor, att_kv: Tensor, ffn_x: Tensor, layer: Layer, tuning: Tuning) -> None:
-    """Any number of rows and tokens: x [B*T, C] and the state of the layer are updated in place."""
-    att, ffn = layer.block.att, layer.block.ffn
-    T = len(x) // len(att_x)
-    normed, dx, first = mixing.shift(x, att_x, layer.block.ln1, att.maa_x, T)
-    lora = dense(first.to(att.maa_w1.dtype), att.maa_w1)  # on a CPU the adapters are float32
-    mixed = mixing.lerps(lora, normed, dx, att.maa_w2, att_x, T, tuning)
-    low = dense(mixed[0].to(att.decay_w1.dtype), att.decay_w1)
-    kvrg = linears(mixed[1:], att.kvrg)
-    norm = att.ln_x_weight, att.ln_x_bias
-    wkv = wkv6.wkv if T == 1 else spans6.wkv
-    out = wkv(kvrg, low, att.decay_w2, att.decay, att.bonus, norm, att_kv, x, tuning)
-    if att.output.scale is None:
-        x.addmm_(out, att.output.weight.t())
-    else:
-        x.add_(linear(out, att.output))
-    maa = ffn.maa_k, ffn.maa_r
-    key, receptance, last = mixing.shift_two(x, ffn_x, layer.block.ln2, maa, T)
-    r = linear(receptance, ffn.receptance)
-    v = linear(mixing.relu_squared(linear(key, ffn.key)), ffn.value)
-    mixing.gate(r, v, last, x, ffn_x, T, layer.scale)

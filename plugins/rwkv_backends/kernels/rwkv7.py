@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rwkv_backends.kernels import chunk7, mixing, vector, vector7, wkv7
 from rwkv_backends.kernels.ffn import channel_mixing
+from rwkv_backends.kernels.rows import Rows
 from rwkv_backends.kernels.tuning import Tuning
 from rwkv_backends.kernels.wkv7 import Heads, Ups
 from rwkv_runtime import Forward, Model, State
@@ -43,8 +44,9 @@ def pack(weights: Weights, tuning: Tuning) -> list[Layer]:
 def _adapters(att: TimeMixing, tuning: Tuning) -> tuple[Tensor, Tensor, Ups]:
     none = att.decay.down.new_empty(0, att.decay.down.shape[1])
     downs = [att.decay.down, att.rate.down, att.value_mix.down if att.value_mix else none, att.gate_down]
-    padded = [F.pad(down, [0, 0, 0, -len(down) % tuning.tile_rows]) for down in downs]
-    tiles = [len(down) // tuning.tile_rows for down in padded]
+    rows = Rows(none.shape[1], none.shape[1], tuning).tile_rows()
+    padded = [F.pad(down, [0, 0, 0, -len(down) % rows]) for down in downs]
+    tiles = [len(down) // rows for down in padded]
     which = torch.tensor([1, 4, 3, 5], dtype=torch.int32).repeat_interleave(torch.tensor(tiles)).to(none.device)
     places = (len(padded[0]), sum(map(len, padded[:2])), sum(map(len, padded[:3])))
     ups = Ups(att.decay.up, att.rate.up, att.value_mix.up if att.value_mix else None, att.gate_up, places)
@@ -120,4 +122,4 @@ def _many(x: Tensor, att_x: Tensor, att_kv: Tensor, ffn_x: Tensor, first: Tensor
     else:
         x.add_(linear(out, att.output))
     key, last = mixing.shift_one(x, ffn_x, layer.block.ln2, ffn.shift, T)
-    mixing.gate(None, linear(mixing.relu_squared(linear(key, ffn.key)), ffn.value), last, x, ffn_x, T, 1.0)
+    mixing.add(linear(mixing.relu_squared(linear(key, ffn.key), tuning), ffn.value), last, x, ffn_x, T)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -14,16 +14,20 @@ class Tuning:
     """Up to this batch size a decode step takes the kernels that read each weight once a row and skip what is zero;
     beyond it cuBLAS, with the rest fused around it."""
     overlap: bool = True
-    """Whether a kernel of a decode step starts, and asks for its first weights, while the one before it still runs
-    (programmatic dependent launch); the backend turns it off where the GPU cannot."""
+    """Whether a kernel starts, and asks for its first weights, while the one before it still runs (programmatic
+    dependent launch); the backend turns it off where the GPU cannot."""
     programs: int = 528
     """About how many programs share the rows of a large matrix: four for each multiprocessor, half as many where a
     program is twice as large."""
     tile_rows: int = 2
-    """Rows of a matrix that a program holds at once, each from end to end; it has asked for as many again, twice."""
+    """Rows of a matrix that a program holds at once, each from end to end."""
+    ahead: int = 5
+    """Such tiles that a program asks for at a time, before the kernel ahead of it has ended, where it has nothing else
+    to hold but a vector."""
     pieces_from: int = 2049
-    """Rows of so many columns, or more, are held as two pieces where that leaves fewer threads idle (`rows.py`). From
-    2560 on it is a gain; fewer, in programs of four warps at most, of which more find room, were not measured."""
+    """Rows of so many columns, or more, are held as pieces, one row a tile, where that leaves fewer threads idle
+    (`rows.py`). From 2560 on it is a gain; fewer, in programs of four warps at most, of which more find room, were not
+    measured."""
     lerp_rows: int = 64
     """Tokens of one program that mixes inputs, where there are more than 16; half as many in float32."""
     lerp_cols: int = 64
@@ -35,13 +39,25 @@ class Tuning:
     span: int = 64
     """Tokens of a prompt one program works on, all spans at once: at least 16, in RWKV-7 a chunk. RWKV-6 in float32
     takes half as many."""
+    least_decay: int = 80
+    """RWKV-6: where half a block of a span decays by no more than 2 to the power of minus this, all its pairs of tokens
+    are one product; blocks are halved until it is so. At 0 each size of block has a product."""
+    carry_ahead: int = 16
+    """RWKV-6: spans whose states a program asks for at once as it carries the state through a prompt."""
+    tokens: int = 4
+    """RWKV-6: tokens of a prompt that one program gates, norms and shifts: two or four."""
     state_cols: int = 32
     """RWKV-7: columns of a head's state that one program carries through a prompt: from 16 to the head size."""
 
     @property
     def launch(self) -> dict[str, Any]:
-        """Options of every kernel of a decode step."""
+        """Options of a kernel that may start early."""
         return {"OVERLAP": True, "launch_pdl": True} if self.overlap else {"OVERLAP": False}
+
+    @property
+    def alone(self) -> Tuning:
+        """For a kernel that cannot start early: one that follows two streams."""
+        return replace(self, overlap=False)
 
     @property
     def prompts(self) -> tuple[int, ...]:

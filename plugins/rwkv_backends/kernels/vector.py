@@ -7,6 +7,10 @@ it has ended. Sums are float32; weights of 8 bits are read as they are.
 Annotations are real types, not strings: Triton reads them.
 """
 
+# Tuples grow by addition, since Triton does not unpack; mypy would have each keep its length.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
+
 import torch
 import triton
 import triton.language as tl
@@ -30,45 +34,71 @@ from rwkv_backends.kernels.tuning import Tuning
 
 
 @triton.jit
-def first_tiles(w_ptr, begin, stop, D, cols, C: tl.constexpr, ROWS: tl.constexpr):
-    """The first two tiles of those from `begin` to `stop` of a matrix of D rows."""
-    rows = begin * ROWS + tl.arange(0, ROWS)
+def first_tiles(w_ptr, begin, stop, D, cols, C: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr,
+                KEEP: tl.constexpr):  # fmt: skip
+    """The first AHEAD tiles of those from `begin` to `stop` of a matrix of D rows."""
     end = tl.minimum(stop * ROWS, D)
-    return load_rows(w_ptr, rows, rows < end, cols, C), load_rows(w_ptr, rows + ROWS, rows + ROWS < end, cols, C)
+    tiles = ()
+    for i in tl.static_range(AHEAD):
+        rows = (begin + i) * ROWS + tl.arange(0, ROWS)
+        tiles = tiles + (load_rows(w_ptr, rows, rows < end, cols, C, KEEP),)
+    return tiles
 
 
 @triton.jit
-def products(x, w, ahead, w_ptr, scale_ptr, scale_at, out_ptr, begin, stop, D, cols, C: tl.constexpr,
-             ROWS: tl.constexpr, THEN: tl.constexpr):  # fmt: skip
-    """out[d] = THEN(W[d] x), for the rows of the tiles from `begin` to `stop`; w and ahead are the first two.
+def product(x, w, w_ptr, scale_ptr, scale_at, out_ptr, rows, end, THEN: tl.constexpr):
+    """out[d] = THEN(W[d] x) for the rows of one tile, as far as `end`.
 
-    scale_ptr is None where the matrix is dense; otherwise row d is to be multiplied by what is at scale_at + d.
+    scale_ptr is None where the matrix is dense; otherwise row d is to be multiplied by what is at scale_at + d. What is
+    multiplied or added is asked for first, or it would be one more thing to wait for.
+    """
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + scale_at + rows, mask=rows < end, other=0.0)
+    if THEN == "add":
+        before = tl.load(out_ptr + rows, mask=rows < end, other=0.0)
+    y = times(w, w_ptr, x)
+    if scale_ptr is not None:
+        y *= scale
+    if THEN == "sigmoid":
+        y = tl.sigmoid(y)
+    if THEN == "add":
+        y += before.to(tl.float32)
+    store(out_ptr + rows, y, rows < end)
+
+
+@triton.jit
+def products(x, tiles, w_ptr, scale_ptr, scale_at, out_ptr, begin, stop, D, cols, C: tl.constexpr,
+             ROWS: tl.constexpr, MORE: tl.constexpr, THEN: tl.constexpr, KEEP: tl.constexpr):  # fmt: skip
+    """`product` for the tiles from `begin` to `stop`, of which `tiles` are the first; there are no others without MORE.
+
+    A tile's registers go to the one that is as many further on. To pass tiles on from name to name instead would move
+    registers, and a register can only be moved once its load is done.
     """
     end = tl.minimum(stop * ROWS, D)
-    for i in range(begin, stop):
-        rows = i * ROWS + tl.arange(0, ROWS)
-        later = load_rows(w_ptr, rows + 2 * ROWS, rows + 2 * ROWS < end, cols, C)
-        y = times(w, x)
-        if scale_ptr is not None:
-            y *= tl.load(scale_ptr + scale_at + rows, mask=rows < end, other=0.0)
-        if THEN == "sigmoid":
-            y = tl.sigmoid(y)
-        if THEN == "add":
-            y += tl.load(out_ptr + rows, mask=rows < end, other=0.0).to(tl.float32)
-        store(out_ptr + rows, y, rows < end)
-        w = ahead
-        ahead = later
+    rows = begin * ROWS + tl.arange(0, ROWS)
+    if MORE:
+        for _ in range(begin, stop, len(tiles)):
+            later = ()
+            for j in tl.static_range(len(tiles)):
+                product(x, tiles[j], w_ptr, scale_ptr, scale_at, out_ptr, rows, end, THEN)
+                next_rows = rows + len(tiles) * ROWS
+                later = later + (load_rows(w_ptr, next_rows, next_rows < end, cols, C, KEEP),)
+                rows += ROWS
+            tiles = later
+    else:
+        for j in tl.static_range(len(tiles)):
+            product(x, tiles[j], w_ptr, scale_ptr, scale_at, out_ptr, rows + j * ROWS, end, THEN)
 
 
 @triton.jit
 def shift_lora_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_ptr, w_ptr, normed_ptr, dx_ptr, out_ptr,
                       D, C: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr,
-                      OVERLAP: tl.constexpr):  # fmt: skip
+                      AHEAD: tl.constexpr, MORE: tl.constexpr, KEEP: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     let_next_begin(OVERLAP)
     b = tl.program_id(1)
     begin, stop = share(tl.program_id(0), tl.num_programs(0), tl.cdiv(D, ROWS))
     cols = columns(BLOCK, REST)
-    w, ahead = first_tiles(w_ptr, begin, stop, D, cols, C, ROWS)
+    tiles = first_tiles(w_ptr, begin, stop, D, cols, C, ROWS, AHEAD, KEEP)
     weight, bias = load_row(weight_ptr, cols, C), load_row(bias_ptr, cols, C)
     maa, prev = load_row(maa_ptr, cols, C), load_row(prev_ptr + b * C, cols, C)
     wait_for_earlier(OVERLAP)
@@ -78,7 +108,7 @@ def shift_lora_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_ptr, w_ptr, nor
         store_row(normed_ptr + b * C, x, cols, C)
         store_row(dx_ptr + b * C, dx, cols, C)
     x = plus_product(x, dx, maa)
-    products(x, w, ahead, w_ptr, None, 0, out_ptr + b * D, begin, stop, D, cols, C, ROWS, "")
+    products(x, tiles, w_ptr, None, 0, out_ptr + b * D, begin, stop, D, cols, C, ROWS, MORE, "", KEEP)
 
 
 @triton.jit
@@ -103,7 +133,8 @@ def lerp_kernel(lora_ptr, normed_ptr, dx_ptr, w_ptr, out_ptr, prev_ptr, B, R: tl
 
 @triton.jit
 def kvrg_kernel(mixed_ptr, kvrg_ptr, scale_ptr, low_ptr, kvrg_out, low_out, B, D, PER, C: tl.constexpr,
-                BLOCK: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                BLOCK: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr, MORE: tl.constexpr,
+                KEEP: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     let_next_begin(OVERLAP)
     b = tl.program_id(1)
     part = tl.program_id(0) // PER  # of k, v, r, g, then the decay's adapter
@@ -111,45 +142,47 @@ def kvrg_kernel(mixed_ptr, kvrg_ptr, scale_ptr, low_ptr, kvrg_out, low_out, B, D
     if part < 4:
         w_ptr = kvrg_ptr + part * C * C
         begin, stop = share(tl.program_id(0) - part * PER, PER, tl.cdiv(C, ROWS))
-        w, ahead = first_tiles(w_ptr, begin, stop, C, cols, C, ROWS)
+        tiles = first_tiles(w_ptr, begin, stop, C, cols, C, ROWS, AHEAD, KEEP)
         wait_for_earlier(OVERLAP)
         x = widened(load_row(mixed_ptr + ((part + 1) * B + b) * C, cols, C))
         out_ptr = kvrg_out + (part * B + b) * C
-        products(x, w, ahead, w_ptr, scale_ptr, part * C, out_ptr, begin, stop, C, cols, C, ROWS, "")
+        products(x, tiles, w_ptr, scale_ptr, part * C, out_ptr, begin, stop, C, cols, C, ROWS, MORE, "", KEEP)
     else:
         begin, stop = share(tl.program_id(0) - 4 * PER, tl.num_programs(0) - 4 * PER, tl.cdiv(D, ROWS))
-        low, low_ahead = first_tiles(low_ptr, begin, stop, D, cols, C, ROWS)
+        low = first_tiles(low_ptr, begin, stop, D, cols, C, ROWS, AHEAD, KEEP)
         wait_for_earlier(OVERLAP)
         x = widened(load_row(mixed_ptr + b * C, cols, C))
-        products(x, low, low_ahead, low_ptr, None, 0, low_out + b * D, begin, stop, D, cols, C, ROWS, "")
+        products(x, low, low_ptr, None, 0, low_out + b * D, begin, stop, D, cols, C, ROWS, MORE, "", KEEP)
 
 
 @triton.jit
 def add_kernel(y_ptr, w_ptr, scale_ptr, x_ptr, C: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
-               ROWS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+               ROWS: tl.constexpr, AHEAD: tl.constexpr, MORE: tl.constexpr, KEEP: tl.constexpr,
+               OVERLAP: tl.constexpr):  # fmt: skip
     let_next_begin(OVERLAP)
     b = tl.program_id(1)
     begin, stop = share(tl.program_id(0), tl.num_programs(0), tl.cdiv(C, ROWS))
     cols = columns(BLOCK, REST)
-    w, ahead = first_tiles(w_ptr, begin, stop, C, cols, C, ROWS)
+    tiles = first_tiles(w_ptr, begin, stop, C, cols, C, ROWS, AHEAD, KEEP)
     wait_for_earlier(OVERLAP)
     y = widened(load_row(y_ptr + b * C, cols, C))
-    products(y, w, ahead, w_ptr, scale_ptr, 0, x_ptr + b * C, begin, stop, C, cols, C, ROWS, "add")
+    products(y, tiles, w_ptr, scale_ptr, 0, x_ptr + b * C, begin, stop, C, cols, C, ROWS, MORE, "add", KEEP)
 
 
 @triton.jit
 def head_kernel(x_ptr, weight_ptr, bias_ptr, w_ptr, scale_ptr, out_ptr, V, C: tl.constexpr, BLOCK: tl.constexpr,
-                REST: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                REST: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr, MORE: tl.constexpr,
+                KEEP: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     let_next_begin(OVERLAP)
     b = tl.program_id(1)
     begin, stop = share(tl.program_id(0), tl.num_programs(0), tl.cdiv(V, ROWS))
     cols = columns(BLOCK, REST)
-    w, ahead = first_tiles(w_ptr, begin, stop, V, cols, C, ROWS)
+    tiles = first_tiles(w_ptr, begin, stop, V, cols, C, ROWS, AHEAD, KEEP)
     weight, bias = load_row(weight_ptr, cols, C), load_row(bias_ptr, cols, C)
     wait_for_earlier(OVERLAP)
     x = norm_of(x_ptr + b * C, weight, bias, cols, C)
     out_at = out_ptr + b.to(tl.int64) * V
-    products(x, w, ahead, w_ptr, scale_ptr, 0, out_at, begin, stop, V, cols, C, ROWS, "")
+    products(x, tiles, w_ptr, scale_ptr, 0, out_at, begin, stop, V, cols, C, ROWS, MORE, "", KEEP)
 
 
 def shift_lora(
@@ -159,8 +192,9 @@ def shift_lora(
     (B, C), D = x.shape, w.shape[0]
     normed, dx, out = torch.empty_like(x), torch.empty_like(x), x.new_empty(B, D, dtype=torch.float32)
     rows = Rows(C, D, tuning)
-    grid = (rows.programs(D), B)
-    shift_lora_kernel[grid](x, prev, *norm, maa, w, normed, dx, out, D, **rows.options(x))
+    programs = rows.programs(D)
+    options = rows.options(x, rows.ahead_normed(), (D, programs))
+    shift_lora_kernel[programs, B](x, prev, *norm, maa, w, normed, dx, out, D, **options)
     return normed, dx, out
 
 
@@ -178,9 +212,11 @@ def kvrg(mixed: Tensor, w: Matrix, low: Tensor, tuning: Tuning) -> tuple[Tensor,
     """mixed [5, B, C] (w, k, v, r, g), w [4, C, C], low [D, C] -> float32 k, v, r, g [4, B, C], the decay's [B, D]."""
     (_, B, C), D = mixed.shape, low.shape[0]
     out, low_out = mixed.new_empty(4, B, C, dtype=torch.float32), mixed.new_empty(B, D, dtype=torch.float32)
-    rows = Rows(C, 4 * C, tuning)
+    rows = Rows(C, 4 * C + D, tuning)
     per = rows.programs(C)
-    kvrg_kernel[4 * per + rows.programs(D), B](mixed, *w, low, out, low_out, B, D, per, **rows.options(mixed))
+    others = max(1, min(triton.cdiv(D, rows.tile_rows()), rows.room() - 4 * per))  # all run at once
+    options = rows.options(mixed, rows.ahead(), (C, per), (D, others))
+    kvrg_kernel[4 * per + others, B](mixed, *w, low, out, low_out, B, D, per, **options)
     return out, low_out
 
 
@@ -188,7 +224,8 @@ def add_product(y: Tensor, w: Matrix, x: Tensor, tuning: Tuning) -> None:
     """x += W y, for y, x [B, C] and w [C, C]."""
     B, C = x.shape
     rows = Rows(C, C, tuning)
-    add_kernel[rows.programs(C), B](y, *w, x, **rows.options(x))
+    programs = rows.programs(C)
+    add_kernel[programs, B](y, *w, x, **rows.options(x, rows.ahead(), (C, programs)))
 
 
 def head(x: Tensor, norm: tuple[Tensor, Tensor], w: Matrix, tuning: Tuning) -> Tensor:
@@ -196,5 +233,6 @@ def head(x: Tensor, norm: tuple[Tensor, Tensor], w: Matrix, tuning: Tuning) -> T
     (B, C), V = x.shape, w.weight.shape[0]
     out = x.new_empty(B, V, dtype=torch.float32)
     rows = Rows(C, V, tuning)
-    head_kernel[rows.programs(V), B](x, *norm, *w, out, V, **rows.options(x))
+    programs = rows.programs(V)
+    head_kernel[programs, B](x, *norm, *w, out, V, **rows.options(x, rows.ahead_normed(), (V, programs)))
     return out

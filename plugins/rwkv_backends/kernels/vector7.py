@@ -27,7 +27,8 @@ def mixed_row(x_ptr, weight, bias, prev, mu, normed_ptr, cols, keep, C: tl.const
 @triton.jit
 def rkv_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, mu_ptr, r_ptr, r_scale_ptr, k_ptr, k_scale_ptr, v_ptr,
                v_scale_ptr, down_ptr, which_ptr, normed_ptr, rkv_ptr, low_ptr, B, D, PER, C: tl.constexpr,
-               BLOCK: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+               BLOCK: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr, MORE: tl.constexpr,
+               KEEP: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     let_next_begin(OVERLAP)
     b = tl.program_id(1)
     part = tl.program_id(0) // PER
@@ -46,19 +47,19 @@ def rkv_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, mu_ptr, r_ptr, r_scale_ptr
             w_ptr = v_ptr
             scale_ptr = v_scale_ptr
         begin, stop = share(tl.program_id(0) - part * PER, PER, tl.cdiv(C, ROWS))
-        w, ahead = first_tiles(w_ptr, begin, stop, C, cols, C, ROWS)
+        tiles = first_tiles(w_ptr, begin, stop, C, cols, C, ROWS, AHEAD, KEEP)
         mu = load_row(mu_ptr + tl.where(part == 0, 0, part + 1) * C, cols, C)  # of r, w, k, v, a, g
         wait_for_earlier(OVERLAP)
         x = mixed_row(x_at, weight, bias, prev, mu, normed_at, cols, keep, C)
         out = rkv_ptr + (part * B + b) * C
-        products(x, w, ahead, w_ptr, scale_ptr, 0, out, begin, stop, C, cols, C, ROWS, "")
+        products(x, tiles, w_ptr, scale_ptr, 0, out, begin, stop, C, cols, C, ROWS, MORE, "", KEEP)
     else:
         q = tl.program_id(0) - 3 * PER
-        down, down_ahead = first_tiles(down_ptr, q, q + 1, D, cols, C, ROWS)
+        down = first_tiles(down_ptr, q, q + 1, D, cols, C, ROWS, 1, KEEP)
         mu = load_row(mu_ptr + tl.load(which_ptr + q) * C, cols, C)
         wait_for_earlier(OVERLAP)
         x = mixed_row(x_at, weight, bias, prev, mu, normed_at, cols, keep, C)
-        products(x, down, down_ahead, down_ptr, None, 0, low_ptr + b * D, q, q + 1, D, cols, C, ROWS, "")
+        products(x, down, down_ptr, None, 0, low_ptr + b * D, q, q + 1, D, cols, C, ROWS, False, "", KEEP)
 
 
 def rkv(
@@ -76,7 +77,8 @@ def rkv(
     rows = Rows(C, 3 * C, tuning)
     per = rows.programs(C)
     r, k, v = matrices
-    rkv_kernel[3 * per + triton.cdiv(D, tuning.tile_rows), B](
-        x, prev, *norm, mu, *r, *k, *v, down, which, normed, out, low, B, D, per, **rows.options(x)
+    rkv_kernel[3 * per + triton.cdiv(D, rows.tile_rows()), B](
+        x, prev, *norm, mu, *r, *k, *v, down, which, normed, out, low, B, D, per,
+        **rows.options(x, rows.ahead_normed(), (C, per)),
     )  # fmt: skip
     return normed, out, low

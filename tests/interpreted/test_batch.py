@@ -1,0 +1,95 @@
+"""The kernels of a decode step of many rows do what their naive twins do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib import import_module
+
+import pytest
+import torch
+from drawn import TUNING, C, Draw, R, close, normed, shifted
+from helpers import CPU, apart, tokens_of
+from rwkv_backends.eager import Eager
+from rwkv_backends.fused import FAMILIES
+from rwkv_backends.kernels import batch
+from rwkv_backends.kernels.tuning import Tuning
+
+from rwkv_runtime.checkpoint import build_model
+from rwkv_runtime.model import Model
+from rwkv_runtime.plugins import Plugins
+
+B = 19  # more than a tile of rows
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_layer_begins(dtype: torch.dtype, first: bool) -> None:
+    draw = Draw(dtype)
+    x, prev, norm, maa, r, v = draw(B, C), draw(B, C), draw.norm(), draw(C), draw(B, C), draw(B, C)
+    twin = x.double() if first else (x.double() + torch.sigmoid(r.double()) * v.double()) * 0.5
+    before = prev.clone()
+    dx, out = batch.begin(x, None if first else (r, v), 1.0 if first else 0.5, prev, norm, maa, TUNING)
+    e = normed(x, norm)
+    far = shifted(e, before, 1)
+    close(dtype, (x, twin), (prev, e), (dx, far), (out, e + far * maa.double()))
+
+
+def test_the_last_layer_ends(dtype: torch.dtype) -> None:
+    draw = Draw(dtype)
+    x, norm, r, v = draw(B, C), draw.norm(), draw(B, C), draw(B, C)
+    twin = x.double() + torch.sigmoid(r.double()) * v.double()
+    out = batch.end(x, (r, v), 1.0, norm, TUNING)
+    close(dtype, (x, twin), (out, normed(x, norm)))
+
+
+def test_shift_pair(dtype: torch.dtype) -> None:
+    draw = Draw(dtype)
+    x, prev, norm, maa = draw(B, C), draw(B, C), draw.norm(), draw.norm()
+    before = prev.clone()
+    k, r = batch.shift_pair(x, prev, norm, maa, TUNING)
+    e = normed(x, norm)
+    dx = shifted(e, before, 1)
+    close(dtype, (k, e + dx * maa[0].double()), (r, e + dx * maa[1].double()), (prev, e))
+
+
+@pytest.mark.parametrize("rows", [3, B, 70])
+def test_mixtures(dtype: torch.dtype, rows: int) -> None:
+    draw = Draw(dtype)
+    lora, e, dx, w = draw(rows, 5 * R), draw(rows, C), draw(rows, C), draw(5, R + 1, C)
+    low = torch.tanh(lora.double()).view(rows, 5, R).transpose(0, 1)
+    twin = e.double() + dx.double() * (torch.bmm(low, w.double()[:, :R]) + w.double()[:, R:])
+    close(dtype, (batch.mixtures(lora, e, dx, w, TUNING), twin))
+
+
+@pytest.mark.parametrize("quant", [None, "int8"])
+@pytest.mark.parametrize(
+    ("dtype", "state"), [("float32", "float32"), ("float32", "float16"), ("float16", "float32")], ids=str
+)
+def test_a_step_is_what_plain_pytorch_makes_of_it(plugins: Plugins, dtype: str, state: str, quant: str | None) -> None:
+    """Seven layers, so that float16 halves the residual stream; the last row of the state is not in use."""
+    architecture = plugins.architectures.get("rwkv6")
+    config = replace(architecture.sizes(7, 48, 37, 16), ranks={"maa": 5, "decay": 9})
+    tensors = architecture.random(config, dtype=getattr(torch, dtype))
+    kept = getattr(torch, state)
+    model: Model = build_model(tensors, [architecture], CPU, quant=quant, state_dtype=kept)
+    states, logits = [model.new_state(6) for _ in range(2)], []
+    passes = import_module(FAMILIES["rwkv6"]).forward(model, TUNING), Eager().forward(model)
+    for forward, rows in zip(passes, states, strict=True):
+        steps = [torch.tensor([tokens_of(4, row)[t : t + 1] for row in range(5)]) % 37 for t in range(4)]
+        logits.append(torch.stack([forward(step, rows.view(0, 5)) for step in steps]))
+    near = 1e-5 if (dtype, state) == ("float32", "float32") else 5e-2
+    assert apart(*logits) < near
+    for name, tensor in states[0].tensors.items():
+        assert apart(tensor.float(), states[1][name].float()) < near
+        assert torch.equal(tensor[:, 5], model.new_state(6)[name][:, 5])
+
+
+def test_many_rows_take_this_way(plugins: Plugins, monkeypatch: pytest.MonkeyPatch) -> None:
+    architecture = plugins.architectures.get("rwkv6")
+    model = build_model(architecture.random(architecture.sizes(1, 16, 37, 16)), [architecture], CPU)
+    begun: list[int] = []
+    begin = batch.begin
+    monkeypatch.setattr(batch, "begin", lambda x, *args: begun.append(len(x)) or begin(x, *args))
+    forward = import_module(FAMILIES["rwkv6"]).forward(model, Tuning(overlap=False))
+    for rows, length in ((1, 1), (2, 1), (3, 1), (3, 2)):
+        forward(torch.zeros(rows, length, dtype=torch.int64), model.new_state(rows))
+    assert begun == [3]
