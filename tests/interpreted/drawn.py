@@ -14,6 +14,7 @@ TUNING = Tuning(
     overlap=False,
     programs=3,
     tile_rows=4,
+    piece_rows=4,
     lerp_rows=32,
     lerp_cols=32,
     lerp_split=20,

@@ -17,7 +17,7 @@ from rwkv_runtime.model import Architecture, Model
 from rwkv_runtime.plugins import Plugins
 from rwkv_runtime.testing import check_backend
 
-FEW = Tuning(overlap=False, programs=4, tile_rows=32)
+FEW = Tuning(overlap=False, programs=4, tile_rows=32, piece_rows=32)
 """Every decode step of up to two rows through the kernels that hold whole rows of a matrix; large tiles, for speed."""
 PIECES = replace(FEW, pieces_from=1)
 MANY = replace(FEW, vector_rows=0)

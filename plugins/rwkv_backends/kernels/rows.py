@@ -162,8 +162,8 @@ class Rows(NamedTuple):
         return self.tuning.pieces_from <= self.C <= int(triton.next_power_of_2(self.C)) * 3 // 4
 
     def tile_rows(self) -> int:
-        """Of a tile. Of two rows in pieces, each would be with half of the threads, and the vector moved to both."""
-        return 1 if self.split() else self.tuning.tile_rows
+        """Of a tile."""
+        return self.tuning.piece_rows if self.split() else self.tuning.tile_rows
 
     def warps(self) -> int:
         """Of a program: usually 16 to 24 columns a thread."""
@@ -180,11 +180,11 @@ class Rows(NamedTuple):
 
     def ahead(self) -> int:
         """Tiles that a program which holds nothing else but a vector has registers for."""
-        return max(1, self.tuning.ahead - 2 * self.split()) * self.tuning.tile_rows // self.tile_rows()
+        return max(1, (self.tuning.ahead - 2 * self.split()) * self.tuning.tile_rows // self.tile_rows())
 
     def ahead_normed(self) -> int:
         """The same where it holds what a layer norm needs as well."""
-        return NORMED * self.tuning.tile_rows // self.tile_rows()
+        return max(NORMED, NORMED * self.tuning.tile_rows // self.tile_rows())
 
     def options(self, like: Tensor, ahead: int, *shares: tuple[int, int]) -> dict[str, Any]:
         """For a vector like this one, where a program asks for so many tiles at a time; shares are rows and programs.
