@@ -25,8 +25,8 @@ class Tuning:
     """Such tiles that a program asks for at a time, before the kernel ahead of it has ended, where it has nothing else
     to hold but a vector."""
     pieces_from: int = 2049
-    """Rows of so many columns, or more, are held as pieces where that leaves fewer threads idle (`rows.py`). From 2560 on it is a gain; fewer, in programs of four warps at most, of which more find room, were not
-    measured."""
+    """Rows of so many columns, or more, are held as pieces where that leaves fewer threads idle (`rows.py`). From 2560
+    on it is a gain; fewer, in programs of four warps at most, of which more find room, were not measured."""
     piece_rows: int = 1
     """Such rows of a tile. Of two, each would be with half of the threads, and the vector moved to both."""
     lerp_rows: int = 64
