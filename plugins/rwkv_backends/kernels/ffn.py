@@ -3,8 +3,7 @@
 A program that holds row f of the key matrix knows the input f of the value matrix, so it goes on to row f of that one,
 turned round, and skips it where the input is zero: its load is under way while the next rows of the key matrix are
 multiplied. Each program has a sum of its own of all C outputs; adding these up is the second kernel, since it takes
-many multiprocessors and here only those that come last would know that all sums are there. A row is one piece
-even of 2560 columns: two, with their sums, take so many registers that three programs find room instead of four.
+many multiprocessors and here only those that come last would know that all sums are there.
 Annotations are real types, not strings: Triton reads them.
 """
 
