@@ -10,106 +10,126 @@ struct matrix {
     int64_t dtype;
 };
 
-/* Rows of a matrix at a time, each with sums of its own, which hides the latency of an addition; and vectors at a
-   time: all sums together take half of the registers. */
-#define ROWS 4
+/* Memory gives out most when it is read from one end to the other, so a row is read after the other. It is asked for
+   ahead of use, as a hardware prefetcher stops at the end of a page. */
+#define LINE 64 /* bytes of a cache's line */
+#define AHEAD 4096
+#define FETCH(address) __builtin_prefetch(address, 0, 2)
+/* Vectors that take more than NEAR bytes do not stay in the first-level cache from row to row: then GROUP rows that
+   wait in the second-level cache are multiplied, TILE bytes of each at a time, with the part of the vectors that
+   belongs to these. */
+#define NEAR (32 << 10)
+#define GROUP 8
+#define TILE 2048
+#define MOST 16 /* vectors */
+/* A row's sum is made of several, of every fourth line each, which hides the latency of an addition. */
+#define SUMS 4
+/* Vectors at a time: all sums together take half of the registers. */
 #if defined(__AVX512F__) || defined(__aarch64__)
 #define VECTORS 4
 #else
 #define VECTORS 2
 #endif
-#if defined(__AVX512BF16__) && !defined(NO_BFLOAT16_DOT)
-#define BFLOAT16_DOT
-#endif
 #define UNROLL _Pragma("GCC unroll 4")
-/* The next rows go into the second-level cache ahead of use: a hardware prefetcher stops at the end of a page. */
-#define FETCH(address) __builtin_prefetch(address, 0, 2)
 
-typedef float partial[ROWS][VECTORS][LANES];
+typedef float partial[SUMS][LANES];
 
 /* Between two vectors that are read side by side: off the powers of two, for such addresses share a cache's places. */
 INLINE int64_t spread(int64_t cols) { return (cols + 31) / 32 * 32 + 32; }
 
-/* ROWS rows w times B vectors x, `spread` apart and padded with zeros: sums by lane. B is a constant. */
-INLINE void dots(int dtype, int B, const char *const *w, const float *x, int64_t n, partial out) {
-    int64_t i = 0, size = size_of(dtype), next = ROWS * n * size, apart = spread(n);
-    floats acc[ROWS][VECTORS], v[VECTORS];
-    UNROLL for (int r = 0; r < ROWS; r++) UNROLL for (int b = 0; b < B; b++) acc[r][b] = (floats){0};
-    for (; i + LANES <= n; i += LANES) {
-        UNROLL for (int b = 0; b < B; b++) v[b] = get(x + b * apart + i);
-        UNROLL for (int r = 0; r < ROWS; r++) {
-            FETCH(w[r] + next + i * size);
-            floats weight = many_as(dtype, w[r], i);
-            UNROLL for (int b = 0; b < B; b++) acc[r][b] += weight * v[b];
+/* bfloat16 is multiplied in pairs where the processor can, with vectors rounded to it: an instruction does twice the
+   work, and nothing is widened. Every other type is widened to float32. */
+#if defined(__AVX512BF16__) && !defined(NO_BFLOAT16_DOT)
+INLINE int in_pairs(int dtype) { return dtype == BFLOAT16; }
+INLINE floats plus_pairs(floats sum, floats a, floats b) {
+    return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+INLINE floats few_pairs(const char *w, int64_t count) {
+    return (floats)_mm512_maskz_loadu_epi16(count < 32 ? (1u << count) - 1 : ~0u, w);
+}
+#else
+INLINE int in_pairs(int dtype) { return 0; }
+INLINE floats plus_pairs(floats sum, floats a, floats b) { return sum; }
+INLINE floats few_pairs(const char *w, int64_t count) { return (floats){0}; }
+#endif
+
+/* Numbers that are multiplied at once, weights and vectors as `plus` takes them, and sum + weights * vector. */
+INLINE int64_t at_once(int dtype) { return in_pairs(dtype) ? 2 * LANES : LANES; }
+INLINE floats weights_at(int dtype, const char *w, int64_t i) {
+    return in_pairs(dtype) ? get((const float *)(w + 2 * i)) : many_as(dtype, w, i);
+}
+INLINE floats few_weights_at(int dtype, const char *w, int64_t i, int64_t count) {
+    if (in_pairs(dtype)) return few_pairs(w + 2 * i, count);
+    return count < LANES ? few_as(dtype, w, i, count) : many_as(dtype, w, i);
+}
+INLINE floats vector_at(int dtype, const char *x, int64_t i) {
+    return get((const float *)(x + i * (in_pairs(dtype) ? 2 : 4)));
+}
+INLINE floats plus(int dtype, floats sum, floats weights, floats vector) {
+    return in_pairs(dtype) ? plus_pairs(sum, weights, vector) : sum + weights * vector;
+}
+
+/* Numbers i..n of a row w times B vectors x, `apart` bytes apart and padded with zeros: sums [B, SUMS] by lane, to
+   which they are added unless they are the first. As many lines from `ahead` are asked for. B is a constant. */
+INLINE void block(int dtype, int B, const char *w, const char *ahead, const char *x, int64_t apart, int64_t i,
+                  int64_t n, int more, partial *sums) {
+    const int64_t line = LINE / size_of(dtype), once = at_once(dtype);
+    floats acc[SUMS][VECTORS];
+    UNROLL for (int s = 0; s < SUMS; s++) UNROLL for (int b = 0; b < B; b++)
+        acc[s][b] = more ? get(sums[b][s]) : (floats){0};
+    for (; i + SUMS * line <= n; i += SUMS * line, ahead += SUMS * LINE)
+        UNROLL for (int s = 0; s < SUMS; s++) {
+            FETCH(ahead + s * LINE);
+            UNROLL for (int64_t j = i + s * line; j < i + (s + 1) * line; j += once) {
+                floats weights = weights_at(dtype, w, j);
+                UNROLL for (int b = 0; b < B; b++)
+                    acc[s][b] = plus(dtype, acc[s][b], weights, vector_at(dtype, x + b * apart, j));
+            }
         }
-    }
-    UNROLL for (int r = 0; r < ROWS; r++) UNROLL for (int b = 0; b < B; b++) put(out[r][b], acc[r][b]);
     if (i < n)
-        for (int r = 0; r < ROWS; r++) {
-            floats weight = few_as(dtype, w[r], i, n - i);
-            for (int b = 0; b < B; b++) put(out[r][b], get(out[r][b]) + weight * get(x + b * apart + i));
-        }
+        UNROLL for (int s = 0; s < SUMS; s++, i += line)
+            for (int64_t j = i; j < n && j < i + line; j += once) {
+                floats weights = few_weights_at(dtype, w, j, n - j);
+                UNROLL for (int b = 0; b < B; b++)
+                    acc[s][b] = plus(dtype, acc[s][b], weights, vector_at(dtype, x + b * apart, j));
+            }
+    UNROLL for (int b = 0; b < B; b++) UNROLL for (int s = 0; s < SUMS; s++) put(sums[b][s], acc[s][b]);
 }
 
-#ifdef BFLOAT16_DOT
-/* The same for bfloat16, with vectors rounded to it: an instruction does twice the work, and nothing is widened. */
-INLINE void dots_bfloat16(int B, const char *const *w, const uint16_t *x, int64_t n, partial out) {
-    int64_t i = 0, next = ROWS * n * 2, apart = spread(n);
-    __m512 acc[ROWS][VECTORS];
-    __m512bh v[VECTORS];
-    UNROLL for (int r = 0; r < ROWS; r++) UNROLL for (int b = 0; b < B; b++) acc[r][b] = _mm512_setzero_ps();
-    for (; i + 32 <= n; i += 32) {
-        UNROLL for (int b = 0; b < B; b++) v[b] = (__m512bh)_mm512_loadu_si512(x + b * apart + i);
-        UNROLL for (int r = 0; r < ROWS; r++) {
-            FETCH(w[r] + next + i * 2);
-            __m512bh weight = (__m512bh)_mm512_loadu_si512(w[r] + i * 2);
-            UNROLL for (int b = 0; b < B; b++) acc[r][b] = _mm512_dpbf16_ps(acc[r][b], weight, v[b]);
-        }
+INLINE void blocks(int dtype, const char *w, const char *ahead, const char *x, int64_t apart, int64_t i, int64_t end,
+                   int more, int64_t n, partial *sums) {
+    for (int64_t b = 0, size; b < n; b += size) {
+        size = n - b >= VECTORS ? VECTORS : n - b >= 2 ? 2 : 1;
+        if (size == VECTORS)
+            block(dtype, VECTORS, w, ahead, x + b * apart, apart, i, end, more, sums + b);
+        else if (size == 2)
+            block(dtype, 2, w, ahead, x + b * apart, apart, i, end, more, sums + b);
+        else
+            block(dtype, 1, w, ahead, x + b * apart, apart, i, end, more, sums + b);
     }
-    if (i < n) {
-        __mmask32 there = (1u << (n - i)) - 1;
-        UNROLL for (int r = 0; r < ROWS; r++) {
-            __m512bh weight = (__m512bh)_mm512_maskz_loadu_epi16(there, w[r] + i * 2);
-            UNROLL for (int b = 0; b < B; b++)
-                acc[r][b] = _mm512_dpbf16_ps(acc[r][b], weight, (__m512bh)_mm512_loadu_si512(x + b * apart + i));
-        }
-    }
-    UNROLL for (int r = 0; r < ROWS; r++) UNROLL for (int b = 0; b < B; b++) _mm512_storeu_ps(out[r][b], acc[r][b]);
-}
-#endif
-
-INLINE void block(int dtype, int B, const char *const *w, const void *x, int64_t first, int64_t n, partial out) {
-#ifdef BFLOAT16_DOT
-    if (dtype == BFLOAT16) {
-        dots_bfloat16(B, w, (const uint16_t *)x + first * spread(n), n, out);
-        return;
-    }
-#endif
-    dots(dtype, B, w, (const float *)x + first * spread(n), n, out);
 }
 
-INLINE void rows_times(int dtype, const struct matrix *m, int64_t first, int64_t last, const void *x, int64_t n,
+INLINE float total(const partial *s) {
+    return sum((get((*s)[0]) + get((*s)[1])) + (get((*s)[2]) + get((*s)[3])));
+}
+
+INLINE void rows_times(int dtype, const struct matrix *m, int64_t first, int64_t last, const char *x, int64_t n,
                        float *out) {
-    int64_t pitch = m->cols * size_of(dtype);
-    for (int64_t row = first; row < last; row += ROWS) {
-        int rows = last - row < ROWS ? (int)(last - row) : ROWS;
-        const char *w[ROWS];
-        for (int r = 0; r < ROWS; r++) /* a block of fewer rows reads its last one again */
-            w[r] = (const char *)m->weight + (row + (r < rows ? r : rows - 1)) * pitch;
-        for (int64_t b = 0, size; b < n; b += size) {
-            partial part;
-            size = n - b >= VECTORS ? VECTORS : n - b >= 2 ? 2 : 1;
-            if (size == VECTORS)
-                block(dtype, VECTORS, w, x, b, m->cols, part);
-            else if (size == 2)
-                block(dtype, 2, w, x, b, m->cols, part);
-            else
-                block(dtype, 1, w, x, b, m->cols, part);
-            for (int r = 0; r < rows; r++)
-                for (int j = 0; j < size; j++)
-                    out[(b + j) * m->rows + row + r] =
-                        sum(get(part[r][j])) * (dtype == INT8 ? m->scale[row + r] : 1.0f);
+    int64_t size = size_of(dtype), pitch = m->cols * size, apart = spread(m->cols) * (in_pairs(dtype) ? 2 : 4);
+    int near = n * apart <= NEAR;
+    int64_t group = near ? 1 : GROUP, tile = near ? m->cols : TILE / size;
+    for (int64_t row = first; row < last; row += group) {
+        int64_t rows = last - row < group ? last - row : group;
+        const char *w = (const char *)m->weight + row * pitch, *ahead = w + (near ? AHEAD : group * pitch);
+        partial sums[GROUP * MOST]; /* [rows, n] */
+        for (int64_t i = 0; i < m->cols; i += tile) {
+            int64_t end = i + tile < m->cols ? i + tile : m->cols;
+            for (int64_t r = 0; r < rows; r++, ahead += (end - i) * size)
+                blocks(dtype, w + r * pitch, ahead, x, apart, i, end, i > 0, n, sums + r * n);
         }
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t b = 0; b < n; b++)
+                out[b * m->rows + row + r] = total(sums + r * n + b) * (dtype == INT8 ? m->scale[row + r] : 1.0f);
     }
 }
 
@@ -124,19 +144,16 @@ static void multiply(const struct matrix *m, int64_t first, int64_t last, const 
     for (int64_t b = 0; b < n; b++)
         for (int64_t i = 0; i < apart; i++) {
             float value = i < cols ? x[b * cols + i] : 0.0f;
-#ifdef BFLOAT16_DOT
-            if (m->dtype == BFLOAT16) {
+            if (in_pairs((int)m->dtype))
                 ((uint16_t *)packed)[b * apart + i] = to_bfloat16(value);
-                continue;
-            }
-#endif
-            packed[b * apart + i] = value;
+            else
+                packed[b * apart + i] = value;
         }
     switch (m->dtype) {
-    case FLOAT32: rows_times(FLOAT32, m, first, last, packed, n, out); break;
-    case BFLOAT16: rows_times(BFLOAT16, m, first, last, packed, n, out); break;
-    case FLOAT16: rows_times(FLOAT16, m, first, last, packed, n, out); break;
-    default: rows_times(INT8, m, first, last, packed, n, out);
+    case FLOAT32: rows_times(FLOAT32, m, first, last, (const char *)packed, n, out); break;
+    case BFLOAT16: rows_times(BFLOAT16, m, first, last, (const char *)packed, n, out); break;
+    case FLOAT16: rows_times(FLOAT16, m, first, last, (const char *)packed, n, out); break;
+    default: rows_times(INT8, m, first, last, (const char *)packed, n, out);
     }
 }
 
