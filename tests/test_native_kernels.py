@@ -57,10 +57,11 @@ def address(t: Tensor) -> c_void_p:
     return c_void_p(t.data_ptr())
 
 
-@pytest.mark.parametrize("cols", [1, 15, 64, 100, 257])
+@pytest.mark.parametrize("cols", [1, 15, 64, 100, 257, 2101])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_times_vectors(dtype: torch.dtype, cols: int, kernels: ctypes.CDLL, processor: str) -> None:
-    """Any part of the rows, any number of vectors; the same to the bit alone and beside others."""
+    """Any part of the rows, any number of vectors, which stay in the nearest cache or do not; the same to the bit alone
+    and beside others."""
     weight, scale, exact = weights(dtype, 23, cols)
     packer = Packer()
     matrix = packer.matrix(weight, scale)
