@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-import threading
-import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -16,7 +13,6 @@ from engines import finish
 from helpers import PRESENT, VOCAB_SIZE, apart, off, tokens_of
 from rwkv_backends.eager import Eager
 from rwkv_backends.fused import FAMILIES, Fused, interpreted
-from rwkv_backends.graphs import Graphs
 from rwkv_backends.kernels import rwkv6
 from rwkv_backends.kernels.beside import Beside
 from rwkv_backends.kernels.tuning import Tuning
@@ -306,42 +302,6 @@ def test_a_sampler_that_waits_runs_beside_the_graph(
     assert "sampler waits cannot be part of backend fused's graph" in caplog.text
     assert len(finish(engine, Request(TOKENS[:5], max_tokens=6))[0].tokens) == 6
     Engine(model, Fused(), Nucleus(), tokenizer)  # a graph can still be captured
-
-
-def test_a_capture_leaves_its_buffers_as_they_were() -> None:
-    total = torch.ones(3, device="cuda")
-    replay = Graphs().capture(lambda: total.add_(1), [total])
-    assert total.tolist() == [1, 1, 1]
-    replay()
-    replay()
-    assert total.tolist() == [3, 3, 3]
-
-
-def test_another_thread_may_allocate_while_a_graph_is_captured() -> None:
-    """A chunk of a prompt is captured when the first one comes, whatever other threads do then."""
-    ended = threading.Event()
-
-    def allocate() -> int:
-        kept: list[Tensor] = []
-        while not ended.is_set() and len(kept) < 2000:
-            kept.append(torch.empty((3 << 20) + 4096 * len(kept), dtype=torch.uint8, device="cuda"))
-            time.sleep(1e-4)
-        return len(kept)
-
-    total = torch.ones(1 << 20, device="cuda")
-
-    def slow() -> None:
-        for _ in range(50):
-            total.add_(1)
-            time.sleep(1e-3)
-
-    with ThreadPoolExecutor(1) as thread:
-        other = thread.submit(allocate)
-        replay = Graphs().capture(slow, [total])
-        ended.set()
-        assert other.result() > 50
-    replay()
-    assert total[0].item() == 51
 
 
 def test_a_graph_can_be_captured_after_the_last_one_is_gone(

@@ -9,21 +9,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rwkv_backends.kernels.device import let_next_begin, load_vector, sigmoid, store, tanh, wait_for_earlier
+from rwkv_backends.kernels.device import (
+    let_next_begin,
+    load_vector,
+    normed_row,
+    sigmoid,
+    store,
+    tanh,
+    wait_for_earlier,
+)
 from rwkv_backends.kernels.mixing import across
 from rwkv_backends.kernels.tuning import Tuning
 
 Norm = tuple[Tensor, Tensor]
 ROWS, COLS = 64, 64
 """Of a program that makes a mixture; half as many rows in float32, which no tensor core multiplies."""
-
-
-@triton.jit
-def normed_row(x, weight, bias, mask, C: tl.constexpr):
-    """Layer norm of a row that is at hand, float32."""
-    apart = tl.where(mask, x - tl.sum(x, 0) / C, 0.0)
-    scale = tl.rsqrt(tl.sum(apart * apart, 0) / C + 1e-5)
-    return apart * scale * weight + bias
 
 
 @triton.jit

@@ -42,11 +42,16 @@ def tanh(x):
 def norm_row(x_ptr, weight_ptr, bias_ptr, cols, mask, C: tl.constexpr):
     """Layer norm of the row of C at x_ptr, float32, rounded as the model keeps it: the state holds the same."""
     weight, bias = load_vector(weight_ptr, cols, mask), load_vector(bias_ptr, cols, mask)
-    x = load_vector(x_ptr, cols, mask)
+    y = normed_row(load_vector(x_ptr, cols, mask), weight, bias, mask, C)
+    return y.to(x_ptr.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def normed_row(x, weight, bias, mask, C: tl.constexpr):
+    """Layer norm of a row that is at hand, zero where the mask is false, float32."""
     apart = tl.where(mask, x - tl.sum(x, 0) / C, 0.0)
     scale = tl.rsqrt(tl.sum(apart * apart, 0) / C + 1e-5)
-    y = apart * scale * weight + bias
-    return y.to(x_ptr.dtype.element_ty).to(tl.float32)
+    return apart * scale * weight + bias
 
 
 @triton.jit

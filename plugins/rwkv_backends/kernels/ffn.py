@@ -29,6 +29,7 @@ from rwkv_backends.kernels.rows import (
     plus_product,
     store_row,
     times,
+    zeros_like,
 )
 from rwkv_backends.kernels.tuning import Tuning
 from rwkv_backends.kernels.vector import first_tiles, products
@@ -85,7 +86,7 @@ def key_value_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_k_ptr, maa_r_ptr
         tiles = tiles[1:] + (load_rows(key_ptr, rows + AHEAD * ROWS, rows + AHEAD * ROWS < end, cols, C, KEEP),)
         if not OVERLAP:
             v = load_rows(value_ptr, rows, k != 0.0, cols, C, KEEP)
-        total = minus(x, x)
+        total = zeros_like(x)
         for _ in range(begin + 1, stop, AHEAD):  # as in `products`; two tiles of values take turns
             later = ()
             for j in tl.static_range(AHEAD):

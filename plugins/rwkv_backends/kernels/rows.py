@@ -100,6 +100,14 @@ def minus(a, b):
 
 
 @triton.jit
+def zeros_like(row):
+    none = ()
+    for i in tl.static_range(len(row)):
+        none = none + (tl.zeros_like(row[i]),)
+    return none
+
+
+@triton.jit
 def plus_product(x, a, b):
     """x + a b"""
     y = ()
