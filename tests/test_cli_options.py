@@ -142,6 +142,7 @@ def test_a_setting_of_the_wrong_type_in_the_file_is_refused_in_one_line(line, me
         (["--rows", "2"], "--rows goes with --prompts"),
         (["--output", "out.jsonl"], "--output goes with --prompts"),
         (["--chat", "--echo"], "--chat takes no --echo"),
+        (["--prompts", "in", "--json"], "--prompts takes no --json"),
         (["--json", "--echo"], "--json takes no --echo"),
         (["-o", "top_p", "0.5", "--top-p", "0.4"], "top_p is given as 0.4 by --top-p and as 0.5 by -o; leave one"),
     ],

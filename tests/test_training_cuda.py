@@ -51,11 +51,12 @@ def test_kernels_do_what_plain_torch_does_with_bfloat16(chunk: int) -> None:
     r, k = r.bfloat16(), k.bfloat16()
     results = plain.factors(r, k, lw, u, chunk)
     for value, reference in zip(wkv_kernels.factors(r, k, lw, u, chunk), results, strict=True):
-        assert apart(value, reference) < 1e-5
+        assert apart(value, reference) < 2e-5
+    torch.manual_seed(chunk)
     towards = [torch.randn_like(x) for x in results]
     expected = plain.factor_gradients(r, k, lw, u, *towards, chunk)
     for value, reference in zip(wkv_kernels.factor_gradients(r, k, lw, u, *towards, chunk), expected, strict=True):
-        assert apart(value, reference) < (0.01 if value.dtype == torch.bfloat16 else 1e-5)
+        assert apart(value, reference) < (0.01 if value.dtype == torch.bfloat16 else 2e-5)
 
 
 def test_a_compiled_block_is_the_same_with_kernels() -> None:

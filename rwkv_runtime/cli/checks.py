@@ -47,6 +47,8 @@ def _check_modes(options: Mapping[str, Any]) -> None:
             raise OptionError(f"{_dashed(name)} goes with --{needed}")
     if "echo" in options["typed"] and options["echo"] and (mode or options["as_json"]):
         raise OptionError(f"--{mode or 'json'} takes no --echo; it is for text")
+    if options["prompts"] and options["as_json"] and "as_json" in options["typed"]:
+        raise OptionError("--prompts takes no --json; its output is lines of JSON as it is")
     if options["prompts"] and not options["output"]:
         raise OptionError("--prompts needs --output FILE")
     if "output" in options["typed"] and not options["prompts"]:
