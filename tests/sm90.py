@@ -19,6 +19,9 @@ from triton.runtime.jit import JITFunction
 
 from rwkv_runtime import Forward, Model
 
+SHARED = 99 * 1024
+"""Bytes that one program may have of what a multiprocessor's threads share, on the smallest GPU that `fused` is for."""
+
 
 class Compiled(NamedTuple):
     """A kernel in the form that one start of it asks for."""
@@ -27,6 +30,7 @@ class Compiled(NamedTuple):
     ptx: str
     registers: int
     spilled: int  # bytes a thread
+    shared: int  # bytes of memory that a program's threads share
 
 
 class Hopper:
@@ -67,7 +71,10 @@ def compiled_by(run_all: Callable[[], object], patch: pytest.MonkeyPatch) -> lis
     patch.setattr(driver, "_active", Hopper())
     patch.setattr(JITFunction, "run", compile_only)
     run_all()
-    return [Compiled(name, kernel.asm["ptx"], *usage(kernel.asm["cubin"])) for name, kernel in kernels.values()]
+    return [
+        Compiled(name, kernel.asm["ptx"], *usage(kernel.asm["cubin"]), kernel.metadata.shared)
+        for name, kernel in kernels.values()
+    ]
 
 
 def usage(cubin: bytes) -> tuple[int, int]:

@@ -78,19 +78,27 @@ def test_every_kernel_compiles_for_hopper_and_spills_next_to_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Weights are read sixteen bytes at a time, eight where rows are in pieces."""
-    from sm90 import as_on_a_gpu, compiled
+    from sm90 import SHARED, as_on_a_gpu, compiled
 
     family, tuning = import_module(FAMILIES[architecture.name]), Tuning()
     config = architecture.sizes(2 if architecture.name == "rwkv7" else 1, embd, vocab, head_size)
     model = build_model(architecture.random(config, dtype=dtype), plugins.architectures, CPU, quant=quant)
     model = replace(model, weights=as_on_a_gpu(model.weights, dtype))
-    shapes = [(1, 1), (2, 1), (32, 1), *((1, length) for length in tuning.prompts)]
+    shapes = [
+        (1, 1),
+        (2, 1),
+        (3, 1),
+        (tuning.skinny_rows, 1),
+        (tuning.skinny_rows + 1, 1),
+        *((1, length) for length in tuning.prompts),
+    ]
     kernels = compiled(family.forward(model, tuning), model, shapes, monkeypatch)
     names = {kernel.name for kernel in kernels}
     assert names >= {"add_kernel", "key_value_kernel", "parts_kernel", "head_kernel", "carry_kernel"}
     if architecture.name == "rwkv6":
         assert names >= {"begin_kernel", "mixtures_kernel", "shift_pair_kernel"}
     assert [(kernel.name, kernel.spilled) for kernel in kernels if kernel.spilled > FEW] == []
+    assert [(kernel.name, kernel.shared) for kernel in kernels if kernel.shared > SHARED] == []
     readers = {"shift_lora_kernel", "kvrg_kernel", "rkv_kernel", "add_kernel", "key_value_kernel", "head_kernel"}
     for kernel in kernels:
         if kernel.name in readers:

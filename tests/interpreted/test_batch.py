@@ -21,11 +21,11 @@ from rwkv_runtime.plugins import Plugins
 B = 19  # more than a tile of rows
 
 
-@pytest.mark.parametrize("first", [False, True])
-def test_a_layer_begins(dtype: torch.dtype, first: bool) -> None:
-    draw = Draw(dtype)
-    x, prev, norm, maa, r, v = draw(B, C), draw(B, C), draw.norm(), draw(C), draw(B, C), draw(B, C)
-    twin = x.double() if first else (x.double() + torch.sigmoid(r.double()) * v.double()) * 0.5
+@pytest.mark.parametrize("parts", [0, 1, 3])
+def test_a_layer_begins(dtype: torch.dtype, parts: int) -> None:
+    draw, first = Draw(dtype), parts == 0
+    x, prev, norm, maa, r, v = draw(B, C), draw(B, C), draw.norm(), draw(C), draw(B, C), draw(parts, B, C)
+    twin = x.double() if first else (x.double() + torch.sigmoid(r.double()) * v.double().sum(0)) * 0.5
     before = prev.clone()
     dx, out = batch.begin(x, None if first else (r, v), 1.0 if first else 0.5, prev, norm, maa, TUNING)
     e = normed(x, norm)
@@ -35,27 +35,29 @@ def test_a_layer_begins(dtype: torch.dtype, first: bool) -> None:
 
 def test_the_last_layer_ends(dtype: torch.dtype) -> None:
     draw = Draw(dtype)
-    x, norm, r, v = draw(B, C), draw.norm(), draw(B, C), draw(B, C)
-    twin = x.double() + torch.sigmoid(r.double()) * v.double()
+    x, norm, r, v = draw(B, C), draw.norm(), draw(B, C), draw(2, B, C)
+    twin = x.double() + torch.sigmoid(r.double()) * v.double().sum(0)
     out = batch.end(x, (r, v), 1.0, norm, TUNING)
     close(dtype, (x, twin), (out, normed(x, norm)))
 
 
-def test_shift_pair(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("parts", [0, 1, 3])
+def test_shift_pair(dtype: torch.dtype, parts: int) -> None:
     draw = Draw(dtype)
-    x, prev, norm, maa = draw(B, C), draw(B, C), draw.norm(), draw.norm()
-    before = prev.clone()
-    k, r = batch.shift_pair(x, prev, norm, maa, TUNING)
+    x, prev, norm, maa, gain = draw(B, C), draw(B, C), draw.norm(), draw.norm(), draw(parts, B, C, dtype=torch.float32)
+    before, twin = prev.clone(), x.double() + gain.double().sum(0)
+    k, r = batch.shift_pair(x, gain if parts else None, prev, norm, maa, TUNING)
     e = normed(x, norm)
     dx = shifted(e, before, 1)
-    close(dtype, (k, e + dx * maa[0].double()), (r, e + dx * maa[1].double()), (prev, e))
+    close(dtype, (x, twin), (k, e + dx * maa[0].double()), (r, e + dx * maa[1].double()), (prev, e))
 
 
+@pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("rows", [3, B, 70])
-def test_mixtures(dtype: torch.dtype, rows: int) -> None:
+def test_mixtures(dtype: torch.dtype, rows: int, parts: int) -> None:
     draw = Draw(dtype)
-    lora, e, dx, w = draw(rows, 5 * R), draw(rows, C), draw(rows, C), draw(5, R + 1, C)
-    low = torch.tanh(lora.double()).view(rows, 5, R).transpose(0, 1)
+    lora, e, dx, w = draw(parts, rows, 5 * R), draw(rows, C), draw(rows, C), draw(5, R + 1, C)
+    low = torch.tanh(lora.double().sum(0)).view(rows, 5, R).transpose(0, 1)
     twin = e.double() + dx.double() * (torch.bmm(low, w.double()[:, :R]) + w.double()[:, R:])
     close(dtype, (batch.mixtures(lora, e, dx, w, TUNING), twin))
 

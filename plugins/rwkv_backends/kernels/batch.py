@@ -27,8 +27,17 @@ ROWS, COLS = 64, 64
 
 
 @triton.jit
+def sum_of(ptr, STEP, at, mask, PARTS: tl.constexpr):
+    """What PARTS arrays of STEP numbers each have there, added up: float32."""
+    total = tl.load(ptr + at, mask=mask, other=0.0).to(tl.float32)
+    for i in tl.static_range(1, PARTS):
+        total += tl.load(ptr + i * STEP + at, mask=mask, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
 def begin_kernel(r_ptr, v_ptr, x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_ptr, dx_ptr, out_ptr, scale,
-                 C: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                 PARTS: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     let_next_begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64) * C
     cols = tl.arange(0, BLOCK)
@@ -40,7 +49,8 @@ def begin_kernel(r_ptr, v_ptr, x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_ptr, d
     wait_for_earlier(OVERLAP)
     x = load_vector(x_ptr + row, cols, mask)
     if v_ptr is not None:
-        v = load_vector(v_ptr + row, cols, mask) * sigmoid(load_vector(r_ptr + row, cols, mask))
+        v = sum_of(v_ptr + row, tl.num_programs(0) * C, cols, mask, PARTS)
+        v *= sigmoid(load_vector(r_ptr + row, cols, mask))
         rounded = ((x + v) * scale).to(kept)
         tl.store(x_ptr + row + cols, rounded, mask=mask)
         x = rounded.to(tl.float32)
@@ -54,8 +64,8 @@ def begin_kernel(r_ptr, v_ptr, x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_ptr, d
 
 
 @triton.jit
-def shift_pair_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_k_ptr, maa_r_ptr, k_ptr, r_ptr,
-                      C: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+def shift_pair_kernel(x_ptr, gain_ptr, prev_ptr, weight_ptr, bias_ptr, maa_k_ptr, maa_r_ptr, k_ptr, r_ptr,
+                      PARTS: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     let_next_begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64) * C
     cols = tl.arange(0, BLOCK)
@@ -64,8 +74,12 @@ def shift_pair_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_k_ptr, maa_r_pt
     prev = load_vector(prev_ptr + row, cols, mask)
     maa_k, maa_r = load_vector(maa_k_ptr, cols, mask), load_vector(maa_r_ptr, cols, mask)
     wait_for_earlier(OVERLAP)
-    normed = normed_row(load_vector(x_ptr + row, cols, mask), weight, bias, mask, C)
-    normed = normed.to(x_ptr.dtype.element_ty).to(tl.float32)
+    kept = x_ptr.dtype.element_ty
+    x = load_vector(x_ptr + row, cols, mask)
+    if PARTS > 0:
+        x = (x + sum_of(gain_ptr + row, tl.num_programs(0) * C, cols, mask, PARTS)).to(kept).to(tl.float32)
+        store(x_ptr + row + cols, x, mask)
+    normed = normed_row(x, weight, bias, mask, C).to(kept).to(tl.float32)
     dx = prev - normed
     store(k_ptr + row + cols, normed + dx * maa_k, mask)
     store(r_ptr + row + cols, normed + dx * maa_r, mask)
@@ -73,8 +87,9 @@ def shift_pair_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_k_ptr, maa_r_pt
 
 
 @triton.jit(do_not_specialize=["B"])
-def mixtures_kernel(lora_ptr, normed_ptr, dx_ptr, w_ptr, out_ptr, B, R: tl.constexpr, C: tl.constexpr,
-                    RANK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+def mixtures_kernel(lora_ptr, normed_ptr, dx_ptr, w_ptr, out_ptr, B, PARTS: tl.constexpr, R: tl.constexpr,
+                    C: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+                    OVERLAP: tl.constexpr):  # fmt: skip
     let_next_begin(OVERLAP)
     start, i = tl.program_id(0) * ROWS, tl.program_id(2)
     row, rank = tl.arange(0, ROWS)[:, None], tl.arange(0, RANK)
@@ -86,12 +101,12 @@ def mixtures_kernel(lora_ptr, normed_ptr, dx_ptr, w_ptr, out_ptr, B, R: tl.const
     w = tl.load(w_at, mask=(rank < R)[:, None] & (cols < C)[None, :], other=0.0)
     maa = load_vector(w_ptr + R * C, cols, cols < C)
     wait_for_earlier(OVERLAP)
-    lora_at = lora_ptr + start * (5 * R) + i * R + row * (5 * R) + rank[None, :]
-    lora = tl.load(lora_at, mask=live & (rank < R)[None, :], other=0.0)
+    lora_at = start * (5 * R) + i * R + row * (5 * R) + rank[None, :]
+    lora = sum_of(lora_ptr, B * 5 * R, lora_at, live & (rank < R)[None, :], PARTS)
     at = start * C + row * C + cols[None, :]
     x = tl.load(normed_ptr + at, mask=mask, other=0.0)
     dx = tl.load(dx_ptr + at, mask=mask, other=0.0)
-    mix = tl.dot(tanh(lora.to(tl.float32)).to(w.dtype), w, input_precision="ieee") + maa[None, :]
+    mix = tl.dot(tanh(lora).to(w.dtype), w, input_precision="ieee") + maa[None, :]
     store(out_ptr + i * B * C + at, x.to(tl.float32) + dx.to(tl.float32) * mix, mask)
 
 
@@ -106,12 +121,15 @@ def begin(
 ) -> tuple[Tensor, Tensor]:
     """What the last layer leaves, x = (x + sigmoid(r) v) scale with (r, v) `gated`, and what the next one begins with.
 
+    v is the sum of some parts [n, B, C].
+
     x, prev [B, C] -> dx (what prev is beyond LN(x)) and LN(x) + dx maa, both [B, C]; prev = LN(x).
     """
     B, C = x.shape
     r, v = gated or (None, None)
     dx, out = torch.empty_like(x), torch.empty_like(x)
-    begin_kernel[B,](r, v, x, prev, *norm, maa, dx, out, scale, **across(C), **tuning.launch)
+    parts = 0 if v is None else len(v)
+    begin_kernel[B,](r, v, x, prev, *norm, maa, dx, out, scale, parts, **across(C), **tuning.launch)
     return dx, out
 
 
@@ -119,27 +137,28 @@ def end(x: Tensor, gated: tuple[Tensor, Tensor], scale: float, norm: Norm, tunin
     """As `begin` after the last layer: LN(x) [B, C]."""
     B, C = x.shape
     out = torch.empty_like(x)
-    begin_kernel[B,](*gated, x, None, *norm, None, None, out, scale, **across(C), **tuning.launch)
+    begin_kernel[B,](*gated, x, None, *norm, None, None, out, scale, len(gated[1]), **across(C), **tuning.launch)
     return out
 
 
 def shift_pair(
-    x: Tensor, prev: Tensor, norm: Norm, maa: tuple[Tensor, Tensor], tuning: Tuning
+    x: Tensor, gain: Tensor | None, prev: Tensor, norm: Norm, maa: tuple[Tensor, Tensor], tuning: Tuning
 ) -> tuple[Tensor, Tensor]:
-    """x, prev [B, C] -> LN(x) + dx maa for both, [B, C]; prev = LN(x)."""
+    """x, prev [B, C] -> LN(x) + dx maa for both, [B, C]; prev = LN(x). Before that x gains the sum of [n, B, C]."""
     B, C = x.shape
     k, r = torch.empty_like(x), torch.empty_like(x)
-    shift_pair_kernel[B,](x, prev, *norm, *maa, k, r, **across(C), **tuning.launch)
+    parts = 0 if gain is None else len(gain)
+    shift_pair_kernel[B,](x, gain, prev, *norm, *maa, k, r, parts, **across(C), **tuning.launch)
     return k, r
 
 
 def mixtures(lora: Tensor, normed: Tensor, dx: Tensor, w: Tensor, tuning: Tuning) -> Tensor:
-    """normed + dx (tanh(lora) W + maa): lora [B, 5R], w [5, R + 1, C], its last row maa -> [5, B, C]."""
+    """normed + dx (tanh(lora) W + maa): w [5, R + 1, C], its last row maa -> [5, B, C]; lora is a sum of [n, B, 5R]."""
     (B, C), R = normed.shape, w.shape[1] - 1
     out = normed.new_empty(5, B, C)
     rows = 16 if B <= 16 else ROWS * 2 // w.element_size()
     cols = min(COLS, max(16, triton.next_power_of_2(C)))
     rank = max(16, triton.next_power_of_2(R))
     grid = triton.cdiv(B, rows), triton.cdiv(C, cols), 5
-    mixtures_kernel[grid](lora, normed, dx, w, out, B, R, C, rank, rows, cols, num_warps=4, **tuning.launch)
+    mixtures_kernel[grid](lora, normed, dx, w, out, B, len(lora), R, C, rank, rows, cols, num_warps=4, **tuning.launch)
     return out

@@ -16,7 +16,7 @@ from rwkv_backends.kernels.tuning import Tuning
 from rwkv_runtime import State
 
 Gated = tuple[Tensor, Tensor]
-"""Receptance and value, both [B, C], of which the next kernel makes what the residual stream gains."""
+"""Receptance [B, C] and value [1, B, C], of which the next kernel makes what the residual stream gains."""
 
 
 def step(
@@ -33,9 +33,9 @@ def step(
         prev = state["att_x_prev"][i]
         dx, first = batch.begin(x, gated, before, prev, ln1, att.maa_x, tuning.alone if gated else tuning)
         lora = dense(first.to(att.maa_w1.dtype), att.maa_w1)  # on a CPU the adapters are float32
-        mixed = batch.mixtures(lora, prev, dx, att.maa_w2, tuning)
+        mixed = batch.mixtures(lora.unsqueeze(0), prev, dx, att.maa_w2, tuning)
         add_product(_wkv(mixed, x, state["att_kv"][i], att, beside, tuning), att.output, x)
-        key, receptance = batch.shift_pair(x, state["ffn_x_prev"][i], ln2, (ffn.maa_k, ffn.maa_r), tuning)
+        key, receptance = batch.shift_pair(x, None, state["ffn_x_prev"][i], ln2, (ffn.maa_k, ffn.maa_r), tuning)
         gated, before = _channel_mixing(key, receptance, ffn, beside, tuning), scale
     assert gated
     return batch.end(x, gated, before, ln_out, tuning.alone)
@@ -66,7 +66,7 @@ def _channel_mixing(key: Tensor, receptance: Tensor, ffn: ChannelMixing, beside:
             r.copy_(linear(receptance, ffn.receptance))
     v = linear(mixing.relu_squared(k, tuning), ffn.value)
     beside.join()
-    return r, v
+    return r, v.unsqueeze(0)
 
 
 def add_product(y: Tensor, matrix: Matrix, x: Tensor) -> None:

@@ -10,7 +10,7 @@ from rwkv_layers.linear import Matrix, linear
 from rwkv_layers.rwkv6 import RESCALE_EVERY, Block, Weights
 from torch import Tensor
 
-from rwkv_backends.kernels import batch6, mixing, prompt6, vector, wkv6
+from rwkv_backends.kernels import batch6, mixing, prompt6, skinny6, vector, wkv6
 from rwkv_backends.kernels.beside import Beside
 from rwkv_backends.kernels.ffn import channel_mixing
 from rwkv_backends.kernels.tuning import Tuning
@@ -58,6 +58,8 @@ def forward(model: Model, tuning: Tuning) -> Forward:
                 for i, layer in enumerate(layers):
                     _few(x, state["att_x_prev"][i], state["att_kv"][i], state["ffn_x_prev"][i], layer, tuning)
                 logits = vector.head(x, weights.ln_out, weights.head, tuning)
+            elif tuning.skinny_rows >= B and x.element_size() == 2:
+                logits = linear(skinny6.step(x, state, blocks, weights.ln_out, tuning), weights.head)
             else:
                 logits = linear(batch6.step(x, state, blocks, weights.ln_out, Beside(second), tuning), weights.head)
             return logits.unsqueeze(1) if every else logits

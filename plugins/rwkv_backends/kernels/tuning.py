@@ -11,8 +11,16 @@ class Tuning:
     """The defaults are for an H100's 132 multiprocessors. All but the counts of rows and programs are powers of two."""
 
     vector_rows: int = 2
-    """Up to this batch size a decode step takes the kernels that read each weight once a row and skip what is zero;
-    beyond it cuBLAS, with the rest fused around it."""
+    """Up to this batch size a decode step takes the kernels that read each weight once a row and skip what is zero."""
+    skinny_rows: int = 64
+    """RWKV-6 in 16 bits: up to this batch size products are of our own; beyond it cuBLAS, with the rest fused around
+    it."""
+    skinny_cols: int = 128
+    """Columns of a matrix that a program of such a product takes at a time, of few rows in 8 bits twice as many."""
+    skinny_stages: int = 4
+    """How many such it has asked for, or is about to multiply."""
+    skinny_cached: int = 128
+    """Columns that it has brought into the cache before it waits for the kernel ahead of it."""
     overlap: bool = True
     """Whether a kernel starts, and asks for its first weights, while the one before it still runs (programmatic
     dependent launch); the backend turns it off where the GPU cannot."""
