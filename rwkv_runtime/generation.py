@@ -60,7 +60,6 @@ class Generation:
         self.read = 0  # how many of `feed` the state has read
         self.position = start.position if start else 0
         self.tokens: list[int] = []
-        self.text = ""
         self.pieces: deque[str] = deque()  # not yet taken by the caller
         self.finish: Finish | None = None
         self.error: RwkvError | None = None
@@ -70,6 +69,12 @@ class Generation:
         self.times = Times(time.perf_counter())
         self._stream = tokenizer.stream()
         self._stops = StopMatcher(request.stop)
+        self._text = bytearray()  # in UTF-8; a str that is added to is copied each time, 0.1 ms at 100,000 tokens
+
+    @property
+    def text(self) -> str:
+        """What has been written so far."""
+        return self._text.decode()
 
     def accept(self, token: int) -> Finish | None:
         """Takes a drawn token; returns why the text ends here, if it does."""
@@ -107,5 +112,5 @@ class Generation:
 
     def _show(self, text: str) -> None:
         if text:
-            self.text += text
+            self._text += text.encode()
             self.pieces.append(text)
