@@ -45,6 +45,8 @@ class Engine(Batch):
         self.active: list[Generation] = []
         self.prefilling: Generation | None = None
         self._scratch = model.new_state(1)
+        self._inference = torch.inference_mode()  # a tenth of a small model's step would be autograd's bookkeeping
+        self._flights = deque(Flight(self.drawn) for _ in range(2))  # the next to start, and the other
         self._flight: Flight | None = None  # what a step drew that has not been read
         self._before: State | None = None  # the rows as they were before that step
 
@@ -73,9 +75,12 @@ class Engine(Batch):
             self.state.check(request.start.state)
         return generation
 
-    @torch.inference_mode()  # a tenth of a small model's step is autograd's bookkeeping
     def step(self) -> None:
         """One chunk of one prompt, if any waits, then one token for every active row."""
+        with self._inference:
+            self._step()
+
+    def _step(self) -> None:
         if self.prefilling is None and self.waiting and len(self.active) < self.rows:
             self._begin(self.waiting.popleft())
         if self.prefilling is not None:
@@ -189,7 +194,9 @@ class Engine(Batch):
                     generation.observations.append(seen.row(row, int(self.drawn[row]), count))
         else:
             self._ticks[size]()
-        self._flight = Flight(self.drawn, self.active)
+        self._flight = self._flights[0]
+        self._flights.rotate()
+        self._flight.start(self.active)
 
     def _land(self) -> None:
         """Reads what is under way, so that nothing is."""

@@ -19,6 +19,8 @@ class StopMatcher:
 
     def push(self, text: str) -> str:
         """What may be shown now. What could still become a stop string is held."""
+        if not self.stops:
+            return text
         if self.found is not None:
             return ""
         self.held += text

@@ -137,12 +137,12 @@ class TextStream:
     """Turns tokens into text as they come, holding back a character until its last byte is there."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+        self._bytes = tokenizer._bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
         """The text `token` completes, maybe ""; VocabularyError for an id without a token."""
-        return self._decoder.decode(self._tokenizer.decode_bytes((token,)))
+        return self._decoder.decode(self._bytes[token])
 
     def finish(self) -> str:
         """What was held back, as U+FFFD since it can no longer be completed; the stream is then as new."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -94,18 +94,18 @@ def test_leaving_early_keeps_what_was_given(model: Model, tokenizer: Tokenizer) 
 def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What an engine does, in order: starting a step, reading tokens."""
     noted: list[str] = []
-    read, start = Flight.tokens, Flight.__init__
+    read, start = Flight.tokens, Flight.start
 
     def tokens(self: Flight) -> list[int]:
         noted.append("read")
         return read(self)
 
-    def init(self: Flight, *args: object) -> None:
+    def started(self: Flight, generations: Sequence[Generation]) -> None:
         noted.append("start")
-        start(self, *args)  # type: ignore[arg-type]
+        start(self, generations)
 
     monkeypatch.setattr(Flight, "tokens", tokens)
-    monkeypatch.setattr(Flight, "__init__", init)
+    monkeypatch.setattr(Flight, "start", started)
     return noted
 
 
@@ -206,8 +206,7 @@ def test_on_a_gpu_tokens_travel_through_pinned_memory() -> None:
     runtime = tiny_model(device="cuda")
     engine = runtime.engine("nucleus", rows=3)
     assert engine.lag == 1
-    generations = [engine.check(Request([1])) for _ in range(3)]
-    assert Flight(engine.drawn, generations)._tokens.is_pinned()
+    assert all(flight._tokens.is_pinned() for flight in engine._flights)
     requests = [replace(request, prompt=request.prompt[:20]) for request in REQUESTS if not request.params]
     at_once = Engine(runtime.model, runtime.backend, Nucleus(), runtime.tokenizer, 3, lag=0)
     for a, b in zip(finish(at_once, *requests), finish(engine, *requests), strict=True):
