@@ -23,7 +23,7 @@ HEADINGS = {
     "tokenizer load": "Vocabulary: ms to load",
     "load": "Checkpoint: ms to load, from the system's file cache",
     "start": "Start: seconds of a fresh process up to its first token",
-    "overhead": "Engine: what of a step is neither forward pass nor sampling, embedded model, one row",
+    "overhead": "Engine: what of a token's time is beyond its step, forward pass and sampling; embedded model, one row",
     "growth": "Growth: a step after a long context against one after 100 tokens, embedded model, one row",
 }
 WIDE = 10
@@ -150,7 +150,8 @@ def figure(r: Record) -> str:
         cold = f"; {r['cold_first_token']:.1f} with empty caches" if "cold_first_token" in r else ""
         return f"{text}, {r['peak_gb']:.1f} GB{cold}"
     if case == "overhead":
-        return f"{r['share_outside']:.1%} of {r['ms_p50']:.2f} ms"
+        host = f"; the host's own {r['host_us']:.0f} us a token" if "host_us" in r else ""
+        return f"{r['share_outside']:.1%} of {r['ms_p50']:.2f} ms{host}"
     if case == "sampling share":
         return f"{r['sampling_share']:.1%} of {r['ms_p50']:.2f} ms"
     if case == "growth":
@@ -180,8 +181,7 @@ def profiled(results: Sequence[Record]) -> list[Record]:
 
 def profile(r: Record) -> str:
     rows = [[f"`{function}`", f"{calls:.1f}", f"{own:.1f}"] for function, calls, own in r["profile"]]
-    note = "Without the steps' forward pass and sampling; with the prompts of texts that follow ended ones and the\n"
-    note += "profiler's own time, some tenths of a microsecond a call."
+    note = "Without the steps' forward pass and sampling; with the profiler's own time, tenths of a microsecond a call."
     return f"{note}\n\n" + table(["function", "calls a step", "own microseconds a step"], rows)
 
 

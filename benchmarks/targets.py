@@ -180,6 +180,6 @@ def cpu_targets() -> Iterator[Target]:
 
 def engine_targets() -> Iterator[Target]:
     find = best("overhead", "share_outside")  # the largest, so that it holds for every backend
-    yield Target("engine, embedded model: share of a step outside forward pass and sampling", find, most=0.10)
+    yield Target("engine, embedded model: share of a token's time beyond forward pass and sampling", find, most=0.10)
     find = best("growth", "growth")
     yield Target("a step after 10,000 tokens of context, of one after 100", find, most=1.05)
