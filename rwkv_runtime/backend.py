@@ -10,7 +10,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from rwkv_runtime.model import Model
+from rwkv_runtime.model import Architecture, Model
 from rwkv_runtime.state import State
 
 
@@ -60,6 +60,12 @@ class Backend(ABC):
         states are what a backend may not know.
         """
         return None
+
+    def warm_up(self, architecture: Architecture, device: torch.device) -> None:  # noqa: B027  (optional)
+        """What takes long before `forward` and needs no weights: libraries, compilers.
+
+        Called in a thread of its own while the weights are read; it may be left out. What it raises is not shown.
+        """
 
     @abstractmethod
     def forward(self, model: Model) -> Forward:

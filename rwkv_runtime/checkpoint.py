@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rwkv_runtime.ahead import Ahead
 from rwkv_runtime.errors import CheckpointError, OptionError
 from rwkv_runtime.model import Architecture, Model
 
@@ -183,12 +184,17 @@ def build_model(
         raise OptionError(f"{source}: {architecture.name} has no quantization {quant!r}; it has {known}")
     if state_dtype != torch.float32 and not architecture.rounded:
         raise OptionError(f"{source}: {architecture.name} has no state in 16 bits")
+    own = _own_dtype(tensors)
+    dtype = dtype or own
+    # What is made smaller on the way is not brought to a GPU as it is.
+    ahead = Ahead(tensors if device.type == "cuda" and dtype == own and quant is None else {}, device)
+    place = _Placer(tensors, ahead, device, dtype, progress, quant)
     try:
         config = architecture.config({name: tuple(t.shape) for name, t in tensors.items()})
-        dtype = dtype or _own_dtype(tensors)
-        place = _Placer(device, dtype, sum(t.numel() for t in tensors.values()), progress, quant)
-        weights = architecture.weights(tensors, config, place, dtype)
-        initial = architecture.initial_state(tensors, config, place)
+        with ahead:
+            weights = architecture.weights(tensors, config, place, dtype)
+            initial = architecture.initial_state(tensors, config, place)
+        place.check()
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from None
     if progress:
@@ -210,23 +216,41 @@ class _Placer:
     """
 
     def __init__(
-        self, device: torch.device, dtype: torch.dtype, total: int, progress: Progress | None, quant: str | None
+        self,
+        tensors: Mapping[str, Tensor],
+        ahead: Ahead,
+        device: torch.device,
+        dtype: torch.dtype,
+        progress: Progress | None,
+        quant: str | None,
     ) -> None:
-        self.device, self.dtype, self.quant = device, dtype, quant
-        self.total, self.done, self.progress = total, 0, progress
+        self.tensors, self.ahead, self.device, self.dtype, self.quant = tensors, ahead, device, dtype, quant
+        self.total, self.done, self.progress = sum(t.numel() for t in tensors.values()), 0, progress
+        self.ends: dict[torch.dtype, list[tuple[str, Tensor]]] = {}  # the least and the largest numbers
 
     def __call__(self, name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        copy = self.quant is not None
-        placed = tensor.to(device=self.device, dtype=dtype or self.dtype, copy=copy).contiguous()
-        low, high = torch.aminmax(placed)  # one pass, no copy; NaN propagates
-        if not bool(torch.isfinite(low) & torch.isfinite(high)):
-            if bool(torch.isfinite(tensor).all()):
-                raise CheckpointError(f"tensor {name} does not fit {placed.dtype}; use bfloat16 or float32")
-            raise CheckpointError(f"tensor {name} holds NaN or infinity; the file is damaged")
+        here = self.ahead.take(name, tensor)
+        placed = here.to(device=self.device, dtype=dtype or self.dtype, copy=self.quant is not None).contiguous()
+        ends = self.ends.setdefault(placed.dtype, [])
+        ends += [(name, end) for end in torch.aminmax(placed)]  # one pass, no copy; NaN propagates
+        if not placed.is_cuda:
+            self.check()
         self.done += tensor.numel()
         if self.progress:
             self.progress(self.done, self.total)
         return placed
+
+    def check(self) -> None:
+        """Raises CheckpointError for a number that is not finite; on a GPU for all at once, since it is waited for."""
+        while self.ends:
+            dtype, ends = self.ends.popitem()
+            finite = torch.stack([end for _, end in ends]).isfinite().tolist()
+            for name, good in zip((name for name, _ in ends), finite, strict=True):
+                if good:
+                    continue
+                if bool(torch.isfinite(self.tensors[name]).all()):
+                    raise CheckpointError(f"tensor {name} does not fit {dtype}; use bfloat16 or float32")
+                raise CheckpointError(f"tensor {name} holds NaN or infinity; the file is damaged")
 
 
 def _first_line(error: BaseException) -> str:

@@ -6,6 +6,7 @@ import logging
 import os
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ import torch
 from torch import Tensor
 
 from rwkv_runtime.backend import Backend, chunk_size
-from rwkv_runtime.checkpoint import Progress, build_model, check_sha256, open_tensors
+from rwkv_runtime.checkpoint import Progress, build_model, check_sha256, find_architecture, open_tensors
 from rwkv_runtime.embedded import embedded_model
 from rwkv_runtime.engine import Engine
 from rwkv_runtime.errors import BackendError, OptionError, RwkvError, StateError, VocabularyError, there_are
 from rwkv_runtime.generation import Generation, Request
-from rwkv_runtime.model import Model
+from rwkv_runtime.model import Architecture, Model
 from rwkv_runtime.plugins import Plugins
 from rwkv_runtime.state import State
 from rwkv_runtime.tokenizer import Tokenizer, load_tokenizer, world_vocabulary
@@ -64,9 +65,27 @@ def load(
     if sha256:
         check_sha256(path, sha256)
     tensors = open_tensors(path)
-    model = build_model(tensors, plugins.architectures, where, kind, str(path), progress, quant, kept)
-    tokenizer = find_vocabulary(path, vocab, model.config.vocab_size)
+    architecture = find_architecture(tensors, plugins.architectures, str(path))
+    with ThreadPoolExecutor(1) as beside:  # what fails in it fails once more, and is told, in the backend's `forward`
+        beside.submit(_warm_up, in_order(plugins, backend), architecture, where)
+        model = build_model(tensors, [architecture], where, kind, str(path), progress, quant, kept)
+        tokenizer = find_vocabulary(path, vocab, model.config.vocab_size)
     return Runtime(model, tokenizer, plugins, backend)
+
+
+def in_order(plugins: Plugins, name: str = AUTO) -> list[Backend]:
+    """The backend of that name, then all others, the best first. Raises OptionError where there is none."""
+    everyone = sorted(plugins.backends, key=lambda b: -b.priority)
+    if name == AUTO:
+        return everyone
+    chosen = plugins.backends.get(name)
+    return [chosen, *(b for b in everyone if b is not chosen)]
+
+
+def _warm_up(candidates: Sequence[Backend], architecture: Architecture, device: torch.device) -> None:
+    """Warms up the first that is usable on this machine."""
+    if backend := next((b for b in candidates if why_not(b, None) is None), None):
+        backend.warm_up(architecture, device)
 
 
 def load_plugins() -> Plugins:
@@ -172,19 +191,12 @@ class Runtime:
         self.model = model
         self.tokenizer = tokenizer
         self.plugins = plugins
-        self._candidates = self._order(backend)
+        self._candidates = in_order(plugins, backend)
         self.backend = self._candidates.pop(0)
         if (reason := why_not(self.backend, model)) is not None:
             self._give_way(reason, quiet=backend == AUTO)
         self._prepare()
         self._engines: dict[tuple[str, int], Engine] = {}
-
-    def _order(self, name: str) -> list[Backend]:
-        everyone = sorted(self.plugins.backends, key=lambda b: -b.priority)
-        if name == AUTO:
-            return everyone
-        chosen = self.plugins.backends.get(name)
-        return [chosen, *(b for b in everyone if b is not chosen)]
 
     def _give_way(self, reason: str, quiet: bool = False) -> None:
         """Moves on to the next backend that is usable. Raises BackendError where there is none."""

@@ -126,6 +126,25 @@ def test_kernels_of_a_state_in_16_bits_compile_for_hopper_and_spill_next_to_noth
 
 @needs_triton
 @needs_compiler
+def test_the_first_layers_start_every_kernel_of_a_prompt(
+    architecture: Architecture, plugins: Plugins, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float16 RWKV-6 halves what it adds up, from the sixth layer on."""
+    from sm90 import as_on_a_gpu, compiled
+
+    family, tuning, dtype = import_module(FAMILIES[architecture.name]), Tuning(), torch.float16
+    model = built(architecture.random(architecture.sizes(8, 64, 260, 32), dtype=dtype), plugins, dtype)
+    model = replace(model, weights=as_on_a_gpu(model.weights, dtype))
+    shapes = [(1, length) for length in tuning.prompts]
+    short, whole = (
+        {kernel.ptx for kernel in compiled(family.forward(m, tuning), m, shapes, monkeypatch)}
+        for m in (fused.beginning(model), model)
+    )
+    assert short == whole
+
+
+@needs_triton
+@needs_compiler
 @pytest.mark.parametrize("V", [260, 65536])
 def test_the_kernels_of_nucleus_compile_for_hopper_and_spill_nothing(V: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from rwkv_samplers.kernels import nucleus

@@ -14,12 +14,14 @@ from torch import Tensor
 from rwkv_backends.graphs import Graphs
 from rwkv_backends.kernels.tuning import Tuning
 from rwkv_backends.prompts import CapturedPrompts
-from rwkv_runtime import Backend, Forward, Model, Outcome, State, Tick, chunk_size, hookimpl
+from rwkv_runtime import Architecture, Backend, Forward, Model, Outcome, State, Tick, chunk_size, hookimpl
 
 FAMILIES = {name: f"rwkv_backends.kernels.{name}" for name in ("rwkv6", "rwkv7")}
 """The modules that have `forward(model, tuning)` for the architecture of that name."""
 HEAD_SIZES = (16, 32, 64, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LAYERS = 2
+"""The first may differ from all others, and the last in what comes after it."""
 CAPABILITY = (8, 0)
 """What the kernels need of a GPU: bfloat16."""
 
@@ -56,18 +58,31 @@ class Fused(Backend):
             return "Triton's interpreter multiplies bfloat16 wrongly"
         return None
 
+    def warm_up(self, architecture: Architecture, device: torch.device) -> None:
+        """Triton hashes itself, 400 MB, before it loads its first kernel; cuBLAS takes a tenth of a second to begin."""
+        if device.type == "cuda" and architecture.name in FAMILIES:
+            square = torch.zeros(16, 16, device=device)  # CUDA begins, before anything else is imported here
+            import_module(FAMILIES[architecture.name])
+            self._settle(square @ square)
+
     def forward(self, model: Model) -> Forward:
         family: Callable[[Model, Tuning], Forward] = import_module(FAMILIES[model.architecture.name]).forward
-        forward = family(model, self.tuning if overlaps(model.device) else replace(self.tuning, overlap=False))
+        tuning = self.tuning if overlaps(model.device) else replace(self.tuning, overlap=False)
+        forward = family(model, tuning)
         if model.device.type == "cuda":
             # Compiles now, so that a failure shows here; decode steps are compiled by `freeze`.
-            for length in self.tuning.prompts:
-                logits = forward(torch.zeros(1, length, dtype=torch.int64, device=model.device), model.new_state())
-            drawn, *others = (torch.zeros(1, dtype=torch.int64, device=model.device) for _ in range(4))
-            for refused in (False, True):  # not every sampler is part of the step that is frozen
-                self.settle(drawn, logits, refused, Outcome(drawn, *others))
+            short = family(beginning(model), tuning)
+            for length in tuning.prompts:
+                logits = short(torch.zeros(1, length, dtype=torch.int64, device=model.device), model.new_state())
+            self._settle(logits)
             return CapturedPrompts(forward, model, self._graphs, chunk_size(model.device))
         return forward
+
+    def _settle(self, logits: Tensor) -> None:
+        """Both ends of a draw, from the first row of logits [B, V]: not every sampler is part of what is frozen."""
+        drawn, *others = (torch.zeros(1, dtype=torch.int64, device=logits.device) for _ in range(4))
+        for refused in (False, True):
+            self.settle(drawn, logits[:1], refused, Outcome(drawn, *others))
 
     def freeze(self, tick: Tick, buffers: Sequence[Tensor]) -> Tick:
         return self._graphs.capture(tick, buffers) if buffers[0].is_cuda else tick
@@ -88,6 +103,11 @@ class Fused(Backend):
         from rwkv_backends.kernels import settle
 
         return settle.settle(token, logits, refused, outcome)
+
+
+def beginning(model: Model) -> Model:
+    """The model with its first layers alone, which between them start every kernel that the others do."""
+    return replace(model, weights=model.weights._replace(blocks=model.weights.blocks[:LAYERS]))
 
 
 def overlaps(device: torch.device) -> bool:

@@ -1,0 +1,52 @@
+"""Weights on their way to a GPU while Python does something else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+THREADS = 2
+"""What a copy takes is mostly the host's: pages of the file that are found, and copied to where the device reads."""
+LEAST = 1 << 20
+"""Bytes from which on a tensor is worth a thread."""
+
+
+class Ahead:
+    """Copies large tensors to a device in threads, in their order, from `with` on; each is to be taken once.
+
+    A copy is one call that does not hold the interpreter. Those that wait to be taken are all there is in memory twice.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        self.tensors, self.device = tensors, device
+        self._copies: dict[str, Future[Tensor]] = {}
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="weights")
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+    def __enter__(self) -> Ahead:
+        for name, tensor in self.tensors.items():
+            if tensor.nbytes >= LEAST:
+                self._copies[name] = self._pool.submit(self._copy, tensor)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        self._copies.clear()
+
+    def take(self, name: str, tensor: Tensor) -> Tensor:
+        """The tensor of that name on the device; `tensor` as it is where that is another, a product of it, say."""
+        copy = self._copies.pop(name, None)
+        own = self.tensors.get(name)
+        if copy is None or own is None or own.data_ptr() != tensor.data_ptr() or own.numel() != tensor.numel():
+            return tensor
+        return copy.result().view(tensor.shape)
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        with torch.cuda.stream(self._stream):  # memory is reused in the order of the stream that it is used on
+            return tensor.to(self.device)

@@ -1,0 +1,116 @@
+"""Weights that threads bring to the device, and a backend that warms up meanwhile."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import CPU, Tensors, apart, built, logits_of, tokens_of
+from rwkv_backends.eager import Eager
+
+import rwkv_runtime
+from rwkv_runtime import Architecture, CheckpointError, Plugins, Tokenizer, ahead
+from rwkv_runtime.ahead import Ahead
+
+TOKENS = tokens_of(20)
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+
+
+def through_threads(tensors: Tensors, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has all of a checkpoint come through the threads, as large tensors do on their way to a GPU."""
+    monkeypatch.setattr(ahead, "LEAST", 1)
+    monkeypatch.setattr("rwkv_runtime.checkpoint.Ahead", lambda _, device: Ahead(tensors, device))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_model_is_the_same_whoever_brings_its_weights(
+    dtype: torch.dtype, checkpoint: Tensors, plugins: Plugins, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float16 some are scaled on the way: those are not taken as they are."""
+    expected = logits_of(built(checkpoint, plugins, dtype), TOKENS)
+    through_threads(checkpoint, monkeypatch)
+    assert torch.equal(logits_of(built(checkpoint, plugins, dtype), TOKENS), expected)
+
+
+def test_a_number_that_is_not_finite_is_found(
+    checkpoint: Tensors, plugins: Plugins, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "blocks.1.ffn.key.weight"
+    damaged = checkpoint | {name: checkpoint[name].clone().fill_(torch.nan)}
+    through_threads(damaged, monkeypatch)
+    with pytest.raises(CheckpointError, match=f"tensor {name} holds NaN"):
+        built(damaged, plugins)
+
+
+def test_each_is_handed_over_once_and_only_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "LEAST", 400)
+    large, other, small = torch.rand(10, 10), torch.rand(10, 10), torch.rand(3)
+    moved: list[torch.Tensor] = []
+    copy = Ahead._copy
+
+    def copied(self: Ahead, tensor: torch.Tensor) -> torch.Tensor:
+        moved.append(copy(self, tensor).clone())
+        return moved[-1]
+
+    monkeypatch.setattr(Ahead, "_copy", copied)
+    with Ahead({"large": large, "other": other, "small": small}, CPU) as weights:
+        taken = weights.take("large", large.view(100))
+        assert taken.data_ptr() in [tensor.data_ptr() for tensor in moved]
+        assert torch.equal(taken, large.view(100))
+        assert weights.take("large", large) is large
+        double = other * 2
+        assert weights.take("other", double) is double
+        assert weights.take("other", other) is other
+        assert weights.take("small", small) is small
+        assert len(moved) <= 2
+
+
+def test_what_fails_stops_the_threads() -> None:
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt), Ahead({"a": torch.zeros(1 << 20)}, CPU):
+        raise KeyboardInterrupt
+    assert threading.active_count() == before
+
+
+class WarmsUp(Eager):
+    name = "warm"
+    priority = 99
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, str, bool]] = []
+
+    def warm_up(self, architecture: Architecture, device: torch.device) -> None:
+        beside = threading.current_thread() is not threading.main_thread()
+        self.calls.append((architecture.name, device.type, beside))
+        raise RuntimeError("nobody is told")
+
+
+def test_the_backend_to_be_used_warms_up_while_a_model_is_loaded(
+    checkpoint: Tensors, architecture: Architecture, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    plugins, backend = Plugins.load(), WarmsUp()
+    plugins.backends.add(backend, "test")
+    torch.save(checkpoint, tmp_path / "model.pth")
+    tokenizer.to_file(tmp_path / "model.vocab.txt")
+    runtime = rwkv_runtime.load(tmp_path / "model.pth", device="cpu", plugins=plugins)
+    assert backend.calls == [(architecture.name, "cpu", True)]
+    assert runtime.backend is backend
+    rwkv_runtime.load(tmp_path / "model.pth", device="cpu", backend="eager", plugins=plugins)
+    assert len(backend.calls) == 1
+
+
+@needs_cuda
+def test_on_a_gpu_they_come_in_the_order_of_the_caller_s_stream() -> None:
+    tensors = {f"{i}": torch.full((1 << 20,), float(i)) for i in range(40)}
+    with torch.cuda.stream(torch.cuda.Stream()), Ahead(tensors, torch.device("cuda")) as weights:
+        sums = [weights.take(name, tensor).sum() for name, tensor in tensors.items()]  # each is freed at once
+        assert [s.item() for s in sums] == [float(i << 20) for i in range(40)]
+
+
+@needs_cuda
+def test_a_large_model_on_a_gpu_is_that_of_the_cpu(architecture: Architecture, tmp_path: Path) -> None:
+    torch.save(architecture.random(architecture.sizes(2, 1024, 65536)), tmp_path / "model.pth")
+    ours, theirs = (rwkv_runtime.load(tmp_path / "model.pth", device=d, backend="eager") for d in ("cuda", "cpu"))
+    assert apart(ours.logits(TOKENS).cpu(), theirs.logits(TOKENS)) < 1e-3
