@@ -22,7 +22,7 @@ HEADINGS = {
     "tokenizer decode": "Tokenizer: MB decoded a second",
     "tokenizer load": "Vocabulary: ms to load",
     "load": "Checkpoint: ms to load, from the system's file cache",
-    "start": "Start: seconds of a fresh process up to its first token",
+    "start": "Start: seconds of a fresh process up to its first token; reading the weights was measured apart",
     "overhead": "Engine: what of a token's time is beyond its step, forward pass and sampling; embedded model, one row",
     "growth": "Growth: a step after a long context against one after 100 tokens, embedded model, one row",
 }
@@ -146,7 +146,9 @@ def figure(r: Record) -> str:
     """One cell."""
     case = r["case"]
     if case == "start":
-        text = f"{r['ms_p50'] / 1e3:.1f} (load {r['warm_load']:.1f}, prepare {r['warm_prepare']:.1f})"
+        steps = {name: r[f"warm_{name}"] for name in ("imports", "reading") if f"warm_{name}" in r}
+        steps["the rest"] = r["warm_first_token"] - sum(steps.values())
+        text = f"{r['ms_p50'] / 1e3:.1f} ({', '.join(f'{name} {seconds:.1f}' for name, seconds in steps.items())})"
         cold = f"; {r['cold_first_token']:.1f} with empty caches" if "cold_first_token" in r else ""
         return f"{text}, {r['peak_gb']:.1f} GB{cold}"
     if case == "overhead":

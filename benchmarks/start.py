@@ -10,6 +10,7 @@ import os
 import resource
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,19 +18,46 @@ PROMPT = list(range(100, 132))
 
 
 class Start(NamedTuple):
-    """Seconds, from one step to the next; first_token is from the start to the first token. Peak memory in GB."""
+    """Seconds, from one step to the next; first_token is from the start to the first token. Peak memory in GB.
+
+    `reading` is measured apart, afterwards: the weights once more from the system's file cache to the device.
+    """
 
     imports: float
     load: float
     prepare: float
     first_token: float
     peak_gb: float
+    reading: float
 
 
 def environment(cache: Path) -> dict[str, str]:
-    """That of this process, with the caches of compilers, and whatever a backend caches, in a folder of their own."""
+    """That of this process, with the caches of compilers, and whatever a backend caches, in a folder of their own.
+
+    So is Python's bytecode of libraries that were installed without it: to compile torch's takes longer than to import
+    it, and there may be no place beside it to keep that.
+    """
     folders = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton", "XDG_CACHE_HOME": "other"}
-    return {**os.environ, **{name: str(cache / folder) for name, folder in folders.items()}}
+    torch = find_spec("torch")
+    if torch and torch.cached and not Path(torch.cached).exists():
+        folders["PYTHONPYCACHEPREFIX"] = "bytecode"
+    own = {name: str(cache / folder) for name, folder in folders.items()}
+    return {**os.environ, **own, "PYTHONDONTWRITEBYTECODE": ""}
+
+
+def read(path: Path, device: str) -> float:
+    """Seconds to bring the weights to the device as `load` does, doing nothing else; a CPU maps them."""
+    import torch
+
+    from rwkv_runtime.ahead import Ahead
+    from rwkv_runtime.checkpoint import open_tensors
+
+    tensors = open_tensors(path)
+    begin = time.perf_counter()
+    with Ahead(tensors, torch.device(device)) as ahead:
+        for name, tensor in tensors.items():
+            ahead.take(name, tensor).to(device)
+    return time.perf_counter() - begin
 
 
 def start_ours(path: Path, backend: str, dtype: str, device: str) -> list[float]:
@@ -80,7 +108,7 @@ def main(path: str, program: str, dtype: str, device: str) -> None:
         import torch
 
         peak = torch.cuda.max_memory_allocated() / 1e9
-    print(json.dumps(Start(steps[0], steps[1], steps[2], times[-1] - begin, peak)._asdict()))
+    print(json.dumps(Start(*steps[:3], times[-1] - begin, peak, read(Path(path), device))._asdict()))
 
 
 if __name__ == "__main__":
