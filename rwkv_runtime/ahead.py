@@ -9,7 +9,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-THREADS = 2
+THREADS = 4
 """What a copy takes is mostly the host's: pages of the file that are found, and copied to where the device reads."""
 LEAST = 1 << 20
 """Bytes from which on a tensor is worth a thread."""

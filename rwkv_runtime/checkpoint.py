@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rwkv_runtime.ahead import Ahead
 from rwkv_runtime.errors import CheckpointError, OptionError
-from rwkv_runtime.model import Architecture, Model
+from rwkv_runtime.model import Architecture, Model, ModelConfig
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MAX_INDEX = 64 << 20  # bytes of a pickle or a safetensors header; real ones take well under one megabyte
@@ -149,16 +149,19 @@ def check_sha256(path: str | os.PathLike[str], expected: str) -> None:
         raise CheckpointError(f"{path}: its SHA-256 is {digest.hexdigest()}, not {expected}; fetch it again")
 
 
-def find_architecture(
+def recognise(
     tensors: Mapping[str, Tensor], architectures: Iterable[Architecture], source: str
-) -> Architecture:
-    """The architecture that knows these tensors. Raises CheckpointError with each one's reason."""
+) -> tuple[Architecture, ModelConfig]:
+    """The architecture that knows these tensors, and their sizes. Raises CheckpointError with each one's reason."""
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
     reasons = []
     for architecture in architectures:
         reason = architecture.why_not(shapes)
         if reason is None:
-            return architecture
+            try:
+                return architecture, architecture.config(shapes)
+            except CheckpointError as error:
+                raise CheckpointError(f"{source}: {error}") from None
         reasons.append(f"{architecture.name}: {reason}")
     raise CheckpointError(f"{source}: no architecture here can run it ({'; '.join(reasons) or 'there are none'})")
 
@@ -178,7 +181,7 @@ def build_model(
     Raises CheckpointError, or OptionError for a quantization, or a state in 16 bits, that the file's architecture
     does not have.
     """
-    architecture = find_architecture(tensors, architectures, source)
+    architecture, config = recognise(tensors, architectures, source)
     if quant is not None and quant not in architecture.quantizations:
         known = ", ".join(architecture.quantizations) or "none"
         raise OptionError(f"{source}: {architecture.name} has no quantization {quant!r}; it has {known}")
@@ -190,7 +193,6 @@ def build_model(
     ahead = Ahead(tensors if device.type == "cuda" and dtype == own and quant is None else {}, device)
     place = _Placer(tensors, ahead, device, dtype, progress, quant)
     try:
-        config = architecture.config({name: tuple(t.shape) for name, t in tensors.items()})
         with ahead:
             weights = architecture.weights(tensors, config, place, dtype)
             initial = architecture.initial_state(tensors, config, place)

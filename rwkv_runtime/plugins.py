@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import Distribution, EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
 import pluggy
@@ -127,16 +127,17 @@ class Plugins:
         plugins = cls()
         allowed = (os.environ if environ is None else environ).get("RWKV_PLUGINS")
         names = None if allowed is None else {name.strip() for name in allowed.split(",")} - {""}
-        found = {(e.name, e.value, _distribution(e)[0]): e for e in entry_points(group=hooks.PROJECT)}
-        for entry in sorted(found.values(), key=lambda e: (_distribution(e)[0] != HOME, e.name)):
-            if _distribution(entry)[0] == HOME or names is None or entry.name in names:
-                plugins._load(entry)
-        for name in sorted((names or set()) - {entry.name for entry in found.values()}):
+        entries = entry_points(group=hooks.PROJECT)
+        homes = {entry.dist: _distribution(entry.dist) for entry in entries}  # once each: it reads the whole metadata
+        found = {(e.name, e.value, homes[e.dist][0]): e for e in entries}
+        for entry in sorted(found.values(), key=lambda e: (homes[e.dist][0] != HOME, e.name)):
+            if homes[entry.dist][0] == HOME or names is None or entry.name in names:
+                plugins._load(entry, *homes[entry.dist])
+        for name in sorted((names or set()) - {entry.name for entry in entries}):
             plugins.plugins.append(Plugin(name, "", "", problem="RWKV_PLUGINS names it, but it is not installed"))
         return plugins
 
-    def _load(self, entry: EntryPoint) -> None:
-        distribution, version = _distribution(entry)
+    def _load(self, entry: EntryPoint, distribution: str, version: str) -> None:
         try:
             plugin = entry.load()
         except (Exception, SystemExit) as error:  # whatever a stranger's module does costs only that plugin
@@ -198,11 +199,11 @@ class Plugins:
         return stages[0] if len(stages) == 1 else Chain(stages)
 
 
-def _distribution(entry: EntryPoint) -> tuple[str, str]:
+def _distribution(home: Distribution | None) -> tuple[str, str]:
     """Normalised name and version of the distribution an entry point comes from."""
-    if entry.dist is None:
+    if home is None:
         return "", ""
-    return re.sub(r"[-_.]+", "-", entry.dist.name).lower(), entry.dist.version
+    return re.sub(r"[-_.]+", "-", home.name).lower(), home.version
 
 
 def _reason(error: BaseException) -> str:

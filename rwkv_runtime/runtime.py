@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rwkv_runtime.backend import Backend, chunk_size
-from rwkv_runtime.checkpoint import Progress, build_model, check_sha256, find_architecture, open_tensors
+from rwkv_runtime.checkpoint import Progress, build_model, check_sha256, open_tensors, recognise
 from rwkv_runtime.embedded import embedded_model
 from rwkv_runtime.engine import Engine
 from rwkv_runtime.errors import BackendError, OptionError, RwkvError, StateError, VocabularyError, there_are
@@ -65,12 +65,13 @@ def load(
     if sha256:
         check_sha256(path, sha256)
     tensors = open_tensors(path)
-    architecture = find_architecture(tensors, plugins.architectures, str(path))
-    with ThreadPoolExecutor(1) as beside:  # what fails in it fails once more, and is told, in the backend's `forward`
-        beside.submit(_warm_up, in_order(plugins, backend), architecture, where)
+    architecture, config = recognise(tensors, plugins.architectures, str(path))
+    numbered = torch.empty(0, device=where).device  # a thread has a current device of its own
+    with ThreadPoolExecutor(2) as beside:  # what is read meanwhile does not hold the interpreter
+        beside.submit(_warm_up, in_order(plugins, backend), architecture, numbered)
+        tokenizer = beside.submit(find_vocabulary, path, vocab, config.vocab_size)
         model = build_model(tensors, [architecture], where, kind, str(path), progress, quant, kept)
-        tokenizer = find_vocabulary(path, vocab, model.config.vocab_size)
-    return Runtime(model, tokenizer, plugins, backend)
+    return Runtime(model, tokenizer.result(), plugins, backend)
 
 
 def in_order(plugins: Plugins, name: str = AUTO) -> list[Backend]:
@@ -83,7 +84,7 @@ def in_order(plugins: Plugins, name: str = AUTO) -> list[Backend]:
 
 
 def _warm_up(candidates: Sequence[Backend], architecture: Architecture, device: torch.device) -> None:
-    """Warms up the first that is usable on this machine."""
+    """Warms up the first that is usable on this machine. What fails here fails in its `forward`, too, and is told."""
     if backend := next((b for b in candidates if why_not(b, None) is None), None):
         backend.warm_up(architecture, device)
 

@@ -269,6 +269,17 @@ def test_another_length_of_prompt_compiles_nothing(plugins: Plugins, name: str) 
     assert count() == before
 
 
+def test_what_warms_up_is_what_a_model_needs(plugins: Plugins) -> None:
+    from rwkv_backends.kernels.settle import settle_kernel
+
+    backend, model = Fused(), on_gpu(plugins, torch.bfloat16)
+    settle_kernel.device_caches.clear()
+    backend.warm_up(model.architecture, torch.device("cuda", 0))
+    warm = len(settle_kernel.device_caches[0][0])
+    backend.forward(model)
+    assert warm == len(settle_kernel.device_caches[0][0]) == 2
+
+
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_a_whole_chunk_is_one_graph_and_says_what_its_kernels_say(plugins: Plugins, name: str) -> None:
     model = on_gpu(plugins, torch.bfloat16, name)

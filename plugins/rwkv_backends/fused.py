@@ -81,8 +81,9 @@ class Fused(Backend):
     def _settle(self, logits: Tensor) -> None:
         """Both ends of a draw, from the first row of logits [B, V]: not every sampler is part of what is frozen."""
         drawn, *others = (torch.zeros(1, dtype=torch.int64, device=logits.device) for _ in range(4))
-        for refused in (False, True):
-            self.settle(drawn, logits[:1], refused, Outcome(drawn, *others))
+        with torch.cuda.device_of(logits):
+            for refused in (False, True):
+                self.settle(drawn, logits[:1], refused, Outcome(drawn, *others))
 
     def freeze(self, tick: Tick, buffers: Sequence[Tensor]) -> Tick:
         return self._graphs.capture(tick, buffers) if buffers[0].is_cuda else tick
