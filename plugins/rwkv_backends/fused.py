@@ -81,7 +81,7 @@ class Fused(Backend):
     def _settle(self, logits: Tensor) -> None:
         """Both ends of a draw, from the first row of logits [B, V]: not every sampler is part of what is frozen."""
         drawn, *others = (torch.zeros(1, dtype=torch.int64, device=logits.device) for _ in range(4))
-        with torch.cuda.device_of(logits):
+        with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
             for refused in (False, True):
                 self.settle(drawn, logits[:1], refused, Outcome(drawn, *others))
 
