@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rwkv_runtime import collector
 from rwkv_runtime.backend import Backend, chunk_size
 from rwkv_runtime.checkpoint import Progress, build_model, check_sha256, open_tensors, recognise
 from rwkv_runtime.embedded import embedded_model
@@ -35,6 +36,7 @@ STATE_DTYPES = {"float32": torch.float32, "float16": torch.float16}
 logger = logging.getLogger("rwkv_runtime")
 
 
+@collector.at_rest()
 def load(
     path: str | os.PathLike[str] | None = None,
     *,

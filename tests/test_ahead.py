@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from pathlib import Path
 
@@ -80,8 +81,10 @@ class WarmsUp(Eager):
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, str, bool]] = []
+        self.collecting: bool | None = None
 
     def warm_up(self, architecture: Architecture, device: torch.device) -> None:
+        self.collecting = gc.isenabled()
         beside = threading.current_thread() is not threading.main_thread()
         self.calls.append((architecture.name, device.type, beside))
         raise RuntimeError("nobody is told")
@@ -97,6 +100,7 @@ def test_the_backend_to_be_used_warms_up_while_a_model_is_loaded(
     runtime = rwkv_runtime.load(tmp_path / "model.pth", device="cpu", plugins=plugins)
     assert backend.calls == [(architecture.name, "cpu", True)]
     assert runtime.backend is backend
+    assert (backend.collecting, gc.isenabled()) == (False, True)
     rwkv_runtime.load(tmp_path / "model.pth", device="cpu", backend="eager", plugins=plugins)
     assert len(backend.calls) == 1
 

@@ -20,7 +20,7 @@ CORE = ROOT / "rwkv_runtime"
 PLUGINS = ROOT / "plugins"
 BUILT_IN = {folder.name for folder in PLUGINS.iterdir() if (folder / "__init__.py").exists()}
 LEVELS = (
-    {"ahead", "errors", "hooks"},
+    {"ahead", "collector", "errors", "hooks"},
     {"memory", "noise", "state", "text", "tokenizer"},
     {"controls", "model"},
     {"backend", "checkpoint", "sampler"},
