@@ -107,10 +107,10 @@ def test_the_backend_to_be_used_warms_up_while_a_model_is_loaded(
 
 @needs_cuda
 def test_on_a_gpu_they_come_in_the_order_of_the_caller_s_stream() -> None:
-    tensors = {f"{i}": torch.full((1 << 20,), float(i)) for i in range(40)}
+    tensors = {str(i): torch.full((1 << 20,), float(i)) for i in range(40)}
     with torch.cuda.stream(torch.cuda.Stream()), Ahead(tensors, torch.device("cuda")) as weights:
-        sums = [weights.take(name, tensor).sum() for name, tensor in tensors.items()]  # each is freed at once
-        assert [s.item() for s in sums] == [float(i << 20) for i in range(40)]
+        right = [(weights.take(name, tensor) == int(name)).all() for name, tensor in tensors.items()]  # freed at once
+        assert all(right)
 
 
 @needs_cuda
