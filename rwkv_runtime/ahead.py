@@ -40,12 +40,13 @@ class Ahead:
         self._copies.clear()
 
     def take(self, name: str, tensor: Tensor) -> Tensor:
-        """The tensor of that name on the device; `tensor` as it is where that is another, a product of it, say."""
-        copy = self._copies.pop(name, None)
-        own = self.tensors.get(name)
-        if copy is None or own is None or own.data_ptr() != tensor.data_ptr() or own.numel() != tensor.numel():
+        """The tensor of that name on the device; `tensor` as it is where no copy has begun, or where it is another, a
+        product of it, say."""
+        copy, own = self._copies.pop(name, None), self.tensors.get(name)
+        if copy is None or copy.cancel() or own is None:
             return tensor
-        return copy.result().view(tensor.shape)
+        itself = own.data_ptr() == tensor.data_ptr() and own.numel() == tensor.numel()
+        return copy.result().view(tensor.shape) if itself else tensor
 
     def _copy(self, tensor: Tensor) -> Tensor:
         with torch.cuda.stream(self._stream):  # memory is reused in the order of the stream that it is used on

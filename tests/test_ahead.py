@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,8 @@ def test_each_is_handed_over_once_and_only_for_itself(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(Ahead, "_copy", copied)
     with Ahead({"large": large, "other": other, "small": small}, CPU) as weights:
+        while len(moved) < 2:
+            time.sleep(0.01)
         taken = weights.take("large", large.view(100))
         assert taken.data_ptr() in [tensor.data_ptr() for tensor in moved]
         assert torch.equal(taken, large.view(100))
@@ -65,7 +68,25 @@ def test_each_is_handed_over_once_and_only_for_itself(monkeypatch: pytest.Monkey
         assert weights.take("other", double) is double
         assert weights.take("other", other) is other
         assert weights.take("small", small) is small
-        assert len(moved) <= 2
+        assert len(moved) == 2
+
+
+def test_nobody_waits_for_a_copy_that_has_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on = threading.Semaphore(0), threading.Event()
+
+    def wait(self: Ahead, tensor: torch.Tensor) -> torch.Tensor:
+        begun.release()
+        go_on.wait()
+        return tensor.clone()
+
+    monkeypatch.setattr(Ahead, "_copy", wait)
+    tensors = {str(i): torch.full((1 << 18,), float(i)) for i in range(9)}
+    with Ahead(tensors, CPU) as weights:
+        for _ in range(ahead.THREADS):
+            begun.acquire()
+        assert weights.take("8", tensors["8"]) is tensors["8"]
+        go_on.set()
+        assert weights.take("0", tensors["0"]) is not tensors["0"]
 
 
 def test_what_fails_stops_the_threads() -> None:
