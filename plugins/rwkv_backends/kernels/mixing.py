@@ -68,7 +68,7 @@ def shift_six_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, mu_ptr, out_ptr, las
 @triton.jit
 def shifted(normed_ptr, prev_ptr, x, start, row, cols, at, mask, T, C: tl.constexpr):
     """What the rows before those of x leave, minus these."""
-    m = start + row
+    m = start.to(tl.int32) + row  # whole numbers of 64 bits take long to divide
     first = m % T == 0
     before = tl.load(normed_ptr + start * C - C + at, mask=mask & (m % T > 0), other=0.0)
     prev = tl.load(prev_ptr + m // T * C + cols[None, :], mask=mask & first, other=0.0)

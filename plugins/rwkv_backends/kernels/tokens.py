@@ -20,7 +20,8 @@ from rwkv_backends.kernels.mixing import across
 from rwkv_backends.kernels.tuning import Tuning
 
 REGISTERS = 80
-"""Of a thread, in 16 bits."""
+WIDE_REGISTERS = 128
+"""Of a thread, in 16 bits, and where rows are wider than 2048: three programs share a multiprocessor, or two."""
 
 
 @triton.jit
@@ -83,10 +84,15 @@ def tokens_kernel(x_ptr, r_ptr, v_ptr, gated_ptr, scale, prev_ptr, weight_ptr, b
                   OVERLAP: tl.constexpr):  # fmt: skip
     """Without v, x is not gated; without weight, it is not normed and shifted; without maa_a, a is what is shifted."""
     let_next_begin(OVERLAP)
-    wait_for_earlier(OVERLAP)
     start = tl.program_id(0).to(tl.int64) * TOKENS
     cols = tl.arange(0, BLOCK)
     mask = cols < C
+    if weight_ptr is not None:  # once for all tokens: what is read after something is written waits for memory again
+        weight, bias = load_vector(weight_ptr, cols, mask), load_vector(bias_ptr, cols, mask)
+        maa_b = load_vector(maa_b_ptr, cols, mask)
+        if maa_a_ptr is not None:
+            maa_a = load_vector(maa_a_ptr, cols, mask)
+    wait_for_earlier(OVERLAP)
     x = rows_from(x_ptr, start, M, cols, C, TOKENS)
     if v_ptr is not None:
         r = rows_from(r_ptr, start, M, cols, C, TOKENS)
@@ -96,22 +102,24 @@ def tokens_kernel(x_ptr, r_ptr, v_ptr, gated_ptr, scale, prev_ptr, weight_ptr, b
             at = gated_ptr + (start + j) * C + cols
             tl.store(at, x[j + 1], mask=cols < tl.where(start + j < M, C, 0))
     if weight_ptr is not None:
-        y = normed(x, load_vector(weight_ptr, cols, mask), load_vector(bias_ptr, cols, mask), mask, C)
+        y = normed(x, weight, bias, mask, C)
         for j in tl.static_range(TOKENS):
             m = start + j
+            b = m.to(tl.int32) // T  # whole numbers of 64 bits take long to divide
+            t = m.to(tl.int32) - b * T
             there = cols < tl.where(m < M, C, 0)
             before = y[j]
-            if m % T == 0:
-                before = tl.load(prev_ptr + m // T * C + cols, mask=there, other=0.0)
+            if t == 0:
+                before = tl.load(prev_ptr + b * C + cols, mask=there, other=0.0)
             here = y[j + 1].to(tl.float32)
             dx = before.to(tl.float32) - here
             if maa_a_ptr is None:
                 tl.store(a_ptr + m * C + cols, y[j + 1], mask=there)
             else:
-                store(a_ptr + m * C + cols, here + dx * load_vector(maa_a_ptr, cols, mask), there)
-            store(b_ptr + m * C + cols, here + dx * load_vector(maa_b_ptr, cols, mask), there)
-            ends = (m < M) & (m % T == T - 1)
-            tl.store(last_ptr + m // T * C + cols, y[j + 1], mask=cols < tl.where(ends, C, 0))
+                store(a_ptr + m * C + cols, here + dx * maa_a, there)
+            store(b_ptr + m * C + cols, here + dx * maa_b, there)
+            ends = (m < M) & (t == T - 1)
+            tl.store(last_ptr + b * C + cols, y[j + 1], mask=cols < tl.where(ends, C, 0))
 
 
 class Shift(NamedTuple):
@@ -160,10 +168,10 @@ def _start(
     prev, norm, maa, last = to or (None, (None, None), (None, None), None)
     T = M // len(prev) if prev is not None else M
     options, tokens = across(C), tuning.tokens
-    registers = REGISTERS if x.element_size() == 2 else None
+    registers = REGISTERS
     if options["BLOCK"] > 2048:  # as many numbers a thread with fewer rows
-        tokens, registers = 2, None
+        tokens, registers = 2, WIDE_REGISTERS
     tokens_kernel[triton.cdiv(M, tokens),](
         x, r, v, gated, scale, prev, *norm, *maa, *out, last, M, T,
-        **options, TOKENS=tokens, maxnreg=registers, **tuning.launch,
+        **options, TOKENS=tokens, maxnreg=registers if x.element_size() == 2 else None, **tuning.launch,
     )  # fmt: skip
