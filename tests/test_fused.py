@@ -39,8 +39,9 @@ def interpreter_fails() -> bool:
     return old < [3, 7] and new >= [2, 4]
 
 
-FEW = 32
-"""Bytes of a thread that a kernel may spill, eight registers: one version of Triton needs none where another does."""
+FEW = {torch.bfloat16: 32, torch.float16: 32, torch.float32: 128}
+"""Bytes of a thread that a kernel may spill, eight registers: one version of Triton needs none where another does.
+float32 is multiplied in three parts, for which RWKV-7's spans want more registers than there are."""
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 needs_compiler = pytest.mark.skipif(fused.interpreted(), reason="Triton's interpreter is on, which compiles nothing")
 
@@ -84,20 +85,18 @@ def test_every_kernel_compiles_for_hopper_and_spills_next_to_nothing(
     config = architecture.sizes(2 if architecture.name == "rwkv7" else 1, embd, vocab, head_size)
     model = build_model(architecture.random(config, dtype=dtype), plugins.architectures, CPU, quant=quant)
     model = replace(model, weights=as_on_a_gpu(model.weights, dtype))
-    shapes = [
-        (1, 1),
-        (2, 1),
-        (3, 1),
-        (tuning.skinny_rows, 1),
-        (tuning.skinny_rows + 1, 1),
-        *((1, length) for length in tuning.prompts),
-    ]
+    steps = [(rows, 1) for rows in (1, 2, 3, tuning.skinny_rows, tuning.skinny_rows + 1)]
+    shapes = [*steps, *((1, length) for length in tuning.prompts)]
     kernels = compiled(family.forward(model, tuning), model, shapes, monkeypatch)
     names = {kernel.name for kernel in kernels}
     assert names >= {"add_kernel", "key_value_kernel", "parts_kernel", "head_kernel", "carry_kernel"}
-    if architecture.name == "rwkv6":
-        assert names >= {"begin_kernel", "mixtures_kernel", "shift_pair_kernel"}
-    assert [(kernel.name, kernel.spilled) for kernel in kernels if kernel.spilled > FEW] == []
+    assert names >= {"begin_kernel", "shift_kernel"}
+    own = {
+        "rwkv6": {"mixtures_kernel", "product_kernel"},
+        "rwkv7": {"activate_kernel", "rows_kernel", "outputs_kernel"},
+    }
+    assert names >= own[architecture.name] - ({"product_kernel"} if dtype == torch.float32 else set())
+    assert [(kernel.name, kernel.spilled) for kernel in kernels if kernel.spilled > FEW[dtype]] == []
     assert [(kernel.name, kernel.shared) for kernel in kernels if kernel.shared > SHARED] == []
     readers = {"shift_lora_kernel", "kvrg_kernel", "rkv_kernel", "add_kernel", "key_value_kernel", "head_kernel"}
     for kernel in kernels:
@@ -118,8 +117,10 @@ def test_kernels_of_a_state_in_16_bits_compile_for_hopper_and_spill_next_to_noth
     model = replace(model, weights=as_on_a_gpu(model.weights, dtype))
     forward = import_module(FAMILIES[architecture.name]).forward(model, Tuning())
     kernels = compiled(forward, model, [(1, 1), (32, 1), (1, 2), (1, Tuning().span + 1)], monkeypatch)
-    assert [kernel.name for kernel in kernels if kernel.spilled > FEW] == []
-    writers = {"rwkv6": {"wkv_kernel", "carry_kernel"}, "rwkv7": {"step_kernel", "through_kernel"}}[architecture.name]
+    assert [kernel.name for kernel in kernels if kernel.spilled > FEW[dtype]] == []
+    writers = {"rwkv6": {"wkv_kernel", "carry_kernel"}, "rwkv7": {"few_kernel", "rows_kernel", "carry_kernel"}}[
+        architecture.name
+    ]
     converting = {kernel.name for kernel in kernels if re.search(r"cvt\.rn\.f16(x2)?\.f32", kernel.ptx)}
     assert converting >= writers
 

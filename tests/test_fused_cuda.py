@@ -13,7 +13,7 @@ from engines import finish
 from helpers import PRESENT, VOCAB_SIZE, apart, off, tokens_of
 from rwkv_backends.eager import Eager
 from rwkv_backends.fused import FAMILIES, Fused, interpreted
-from rwkv_backends.kernels import rwkv6
+from rwkv_backends.kernels import rwkv6, rwkv7
 from rwkv_backends.kernels.beside import Beside
 from rwkv_backends.kernels.tuning import Tuning
 from rwkv_backends.prompts import CapturedPrompts
@@ -125,18 +125,20 @@ def test_kernels_that_overlap_say_what_they_say_one_by_one(plugins: Plugins, tok
 
 
 @pytest.mark.parametrize("rows", [3, 70])
+@pytest.mark.parametrize("name", sorted(FAMILIES))
 @pytest.mark.usefixtures("poisoned")
 def test_what_runs_beside_a_step_of_many_rows_changes_nothing(
-    plugins: Plugins, tokenizer: Tokenizer, rows: int, monkeypatch: pytest.MonkeyPatch
+    plugins: Plugins, tokenizer: Tokenizer, name: str, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through many steps, in which a kernel that did not wait for the other stream, or for its inputs, would show;
     then once without a graph."""
-    architecture = plugins.architectures.get("rwkv6")
+    architecture = plugins.architectures.get(name)
     tensors = architecture.random(architecture.sizes(3, 1024, VOCAB_SIZE, 64), dtype=torch.bfloat16)
     model = build_model(tensors, [architecture], torch.device("cuda"))
     beside = Engine(model, Fused(), Nucleus(), tokenizer, rows)
     with monkeypatch.context() as patch:
-        patch.setattr(rwkv6, "Beside", lambda stream: Beside(None))
+        for family in (rwkv6, rwkv7):
+            patch.setattr(family, "Beside", lambda stream: Beside(None))
         alone = Engine(model, Fused(Tuning(overlap=False)), Nucleus(), tokenizer, rows)
     expected, said = (forced(engine, tokens_of(100), rows) for engine in (alone, beside))
     assert bool(expected.isfinite().all())
@@ -162,9 +164,10 @@ def test_prompts_say_what_plain_pytorch_says(plugins: Plugins, name: str, dtype:
 
 
 @pytest.mark.parametrize("embd", [2048, 2560, 4096])
+@pytest.mark.parametrize("name", sorted(FAMILIES))
 @pytest.mark.usefixtures("poisoned")
-def test_kernels_of_a_prompt_say_the_same_one_by_one(plugins: Plugins, embd: int) -> None:
-    architecture = plugins.architectures.get("rwkv6")
+def test_kernels_of_a_prompt_say_the_same_one_by_one(plugins: Plugins, name: str, embd: int) -> None:
+    architecture = plugins.architectures.get(name)
     tensors = architecture.random(architecture.sizes(3, embd, VOCAB_SIZE, 64), dtype=torch.bfloat16)
     model = build_model(tensors, [architecture], torch.device("cuda"))
     tokens = torch.tensor([tokens_of(1000, seed) for seed in range(2)], device="cuda")
@@ -174,7 +177,7 @@ def test_kernels_of_a_prompt_say_the_same_one_by_one(plugins: Plugins, embd: int
         logits.append(torch.cat([forward(piece, state) for piece in tokens.split([900, 100], dim=1)]))
     assert bool(logits[0].isfinite().all())
     assert torch.equal(*logits)
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0].tensors)
+    assert all(torch.equal(states[0][part], states[1][part]) for part in states[0].tensors)
 
 
 def in_16_bits(model: Model) -> Model:
@@ -253,11 +256,11 @@ def test_many_requests_come_and_go(plugins: Plugins, tokenizer: Tokenizer) -> No
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_another_length_of_prompt_compiles_nothing(plugins: Plugins, name: str) -> None:
-    from rwkv_backends.kernels import batch, chunk7, ffn, mixing, spans6, tokens, vector, wkv6, wkv7
+    from rwkv_backends.kernels import adapters7, batch, ffn, mixing, spans6, spans7, tokens, vector, wkv6, wkv7
     from triton.runtime.jit import JITFunction
 
     def count() -> int:
-        modules = batch, chunk7, ffn, mixing, spans6, tokens, vector, wkv6, wkv7
+        modules = adapters7, batch, ffn, mixing, spans6, spans7, tokens, vector, wkv6, wkv7
         kernels = [k for module in modules for k in vars(module).values()]
         return sum(len(k.device_caches[0][0]) for k in kernels if isinstance(k, JITFunction))
 

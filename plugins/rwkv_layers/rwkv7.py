@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rwkv_layers import parts, rwkv7_reference
-from rwkv_layers.linear import Matrix, linear
-from rwkv_layers.matrices import QUANTIZATIONS, matrix
+from rwkv_layers.linear import Matrix, linear, linears
+from rwkv_layers.matrices import QUANTIZATIONS, matrix, stacked
 from rwkv_layers.parts import Norm, shift
 from rwkv_layers.rwkv7_shapes import config_of, expected_shapes, usual_sizes
 from rwkv_layers.shapes import why_not
@@ -40,9 +40,7 @@ class TimeMixing(NamedTuple):
     removal: Tensor  # [H, N] float32: k_k, from keys to what is taken out of the state
     replacement: Tensor  # [H, N] float32: k_a, how far a key's strength follows the rate
     bonus: Tensor  # [H, N] float32: r_k
-    receptance: Matrix  # [C, C]
-    key: Matrix  # [C, C]
-    value: Matrix  # [C, C]
+    rkv: Matrix  # [3, C, C]: receptance, key, value
     output: Matrix  # [C, C]
     ln_x_weight: Tensor  # [C] float32
     ln_x_bias: Tensor  # [C] float32
@@ -83,9 +81,7 @@ def time_mixing(
     B, T, C = x.shape
     H, N = w.bonus.shape
     xr, xw, xk, xv, xa, xg = torch.addcmul(x, shift(x, x_prev), w.shift).unbind(0)
-    r = linear(xr, w.receptance).float().view(B, T, H, N)
-    k = linear(xk, w.key).float().view(B, T, H, N)
-    v = linear(xv, w.value).float().view(B, T, H, N)
+    r, k, v = linears(torch.stack([xr, xk, xv]).flatten(1, 2), w.rkv).float().view(3, B, T, H, N).unbind(0)
     raw = w.decay.base + F.linear(torch.tanh(F.linear(xw, w.decay.down)), w.decay.up).float()
     decay = torch.exp(-math.exp(-0.5) * torch.sigmoid(raw)).view(B, T, H, N)
     rate = torch.sigmoid(w.rate.base + F.linear(F.linear(xa, w.rate.down), w.rate.up).float()).view(B, T, H, N)
@@ -209,9 +205,7 @@ def _time_mixing_weights(tensors: Mapping[str, Tensor], prefix: str, config: Mod
         removal=take("k_k", fp32).view(config.n_head, config.head_size),
         replacement=take("k_a", fp32).view(config.n_head, config.head_size),
         bonus=take("r_k", fp32),
-        receptance=matrix(place, tensors, prefix + "receptance.weight"),
-        key=matrix(place, tensors, prefix + "key.weight"),
-        value=matrix(place, tensors, prefix + "value.weight"),
+        rkv=stacked([matrix(place, tensors, f"{prefix}{part}.weight") for part in ("receptance", "key", "value")]),
         output=matrix(place, tensors, prefix + "output.weight"),
         ln_x_weight=take("ln_x.weight", fp32),
         ln_x_bias=take("ln_x.bias", fp32),

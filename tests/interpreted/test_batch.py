@@ -42,11 +42,11 @@ def test_the_last_layer_ends(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("parts", [0, 1, 3])
-def test_shift_pair(dtype: torch.dtype, parts: int) -> None:
+def test_shift(dtype: torch.dtype, parts: int) -> None:
     draw = Draw(dtype)
     x, prev, norm, maa, gain = draw(B, C), draw(B, C), draw.norm(), draw.norm(), draw(parts, B, C, dtype=torch.float32)
     before, twin = prev.clone(), x.double() + gain.double().sum(0)
-    k, r = batch.shift_pair(x, gain if parts else None, prev, norm, maa, TUNING)
+    k, r = batch.shift(x, gain if parts else None, prev, norm, maa, TUNING)
     e = normed(x, norm)
     dx = shifted(e, before, 1)
     close(dtype, (x, twin), (k, e + dx * maa[0].double()), (r, e + dx * maa[1].double()), (prev, e))

@@ -56,24 +56,19 @@ def test_add_product(dtype: torch.dtype, int8: bool, tuning: Tuning) -> None:
     close(dtype, (x, twin))
 
 
-@pytest.mark.parametrize("T", [1, 5])
-def test_shift_and_sum_of_rwkv7_s_channel_mixing(dtype: torch.dtype, T: int) -> None:
-    draw = Draw(dtype)
-    x, prev, norm, maa, v = draw(B * T, C), draw(B, C), draw.norm(), draw(C), draw(B * T, C)
-    k, last = mixing.shift_one(x, prev, norm, maa, T)
-    e = normed(x, norm)
-    close(dtype, (k, e + shifted(e, prev, T) * maa.double()), (last, e.view(B, T, C)[:, -1]))
-    twin = x.double() + v.double()
-    mixing.add(v, last, x, prev, T)
-    close(dtype, (x, twin))
-    assert torch.equal(prev, last)
-
-
 def test_relu_squared(dtype: torch.dtype) -> None:
     k = Draw(dtype)(100, 170)  # more than two programs' share, and not a multiple of it
     twin = torch.relu(k.double()) ** 2
     assert mixing.relu_squared(k, TUNING) is k
     close(dtype, (k, twin))
+
+
+@pytest.mark.parametrize("rows", [5, 16, 35])
+def test_squared_product(dtype: torch.dtype, int8: bool, rows: int) -> None:
+    """Of some rows after others, where they are many."""
+    draw = Draw(dtype)
+    x, (matrix, w) = draw(rows, C), stored(draw.matrix(V, C), int8)
+    close(dtype, (mixing.squared_product(x, matrix, TUNING), torch.relu(x.double() @ w.t()) ** 2))
 
 
 def test_head(dtype: torch.dtype, int8: bool, tuning: Tuning) -> None:

@@ -20,7 +20,7 @@ from rwkv_runtime.testing import check_backend
 FEW = Tuning(overlap=False, programs=4, tile_rows=32, piece_rows=32)
 """Every decode step of up to two rows through the kernels that hold whole rows of a matrix; large tiles, for speed."""
 PIECES = replace(FEW, pieces_from=1)
-MANY = replace(FEW, vector_rows=0)
+MANY = replace(FEW, vector_rows=0, key_tokens=16)
 
 
 def read(model: Model, tuning: Tuning, tokens: Tensor, pieces: list[int]) -> Tensor:
@@ -52,7 +52,7 @@ def test_logits_are_those_of_the_reference(
         assert apart(read(model, tuning, tokens, [1, 1, 18, 2])[0], expected) < 1e-4
 
 
-@pytest.mark.parametrize("tuning", [FEW, MANY, replace(MANY, span=16, chunk=16)], ids=["few", "many", "spans"])
+@pytest.mark.parametrize("tuning", [FEW, MANY, replace(MANY, span=16)], ids=["few", "many", "spans"])
 def test_a_state_may_be_kept_in_16_bits(architecture: Architecture, plugins: Plugins, tuning: Tuning) -> None:
     """Computed with in float32, rounded once a call."""
     model = built(random(architecture, 1, 48, 16, 37, 5), plugins)

@@ -22,11 +22,11 @@ def test_shift(dtype: torch.dtype, T: int, program: int) -> None:
     x, prev, norm, maa = draw(B * T, C), draw(B, C), draw.norm(), (draw(C), draw(C))
     e = normed(x, norm)
     dx = shifted(e, prev, T)
-    for first in (maa[0], None):
+    for to in (maa, (None, maa[1]), maa[1:], (*maa, *draw(4, C))):
         last = torch.empty_like(prev)
-        a, b = tokens.shift(x, Shift(prev, norm, (first, maa[1]), last), tuning)
-        twin = e if first is None else e + dx * first.double()
-        close(dtype, (a, twin), (b, e + dx * maa[1].double()), (last, e.view(B, T, C)[:, -1]))
+        out = tokens.shift(x, Shift(prev, norm, to, last), tuning)
+        twins = torch.stack([e if one is None else e + dx * one.double() for one in to])
+        close(dtype, (out, twins), (last, e.view(B, T, C)[:, -1]))
 
 
 @pytest.mark.parametrize("T", [1, 2, 7])
@@ -36,7 +36,7 @@ def test_gate_and_shift(dtype: torch.dtype, T: int, program: int) -> None:
     r, v, x, prev, last = draw(M, C), draw(M, C), draw(M, C), draw(B, C), draw(B, C)
     before, to = x.clone(), Shift(prev, draw.norm(), (None, draw(C)), last)
     twin = (x.double() + torch.sigmoid(r.double()) * v.double()) * 0.5
-    out, a, b = tokens.gate_shift(r, v, x, 0.5, to, tuning)
+    out, (a, b) = tokens.gate_shift(r, v, x, 0.5, to, tuning)
     alone = tokens.gate(r, v, x, 0.5, tuning)
     assert torch.equal(x, before)
     assert torch.equal(out, alone)

@@ -4,6 +4,8 @@ B rows of C channels. What the next token is shifted from, `prev`, is written wh
 what earlier steps have left before they wait. Annotations are real types, not strings: Triton reads them.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -64,15 +66,14 @@ def begin_kernel(r_ptr, v_ptr, x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_ptr, d
 
 
 @triton.jit
-def shift_pair_kernel(x_ptr, gain_ptr, prev_ptr, weight_ptr, bias_ptr, maa_k_ptr, maa_r_ptr, k_ptr, r_ptr,
-                      PARTS: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+def shift_kernel(x_ptr, gain_ptr, prev_ptr, weight_ptr, bias_ptr, maa_ptrs, out_ptrs, PARTS: tl.constexpr,
+                 C: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     let_next_begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64) * C
     cols = tl.arange(0, BLOCK)
     mask = cols < C
     weight, bias = load_vector(weight_ptr, cols, mask), load_vector(bias_ptr, cols, mask)
     prev = load_vector(prev_ptr + row, cols, mask)
-    maa_k, maa_r = load_vector(maa_k_ptr, cols, mask), load_vector(maa_r_ptr, cols, mask)
     wait_for_earlier(OVERLAP)
     kept = x_ptr.dtype.element_ty
     x = load_vector(x_ptr + row, cols, mask)
@@ -81,8 +82,8 @@ def shift_pair_kernel(x_ptr, gain_ptr, prev_ptr, weight_ptr, bias_ptr, maa_k_ptr
         store(x_ptr + row + cols, x, mask)
     normed = normed_row(x, weight, bias, mask, C).to(kept).to(tl.float32)
     dx = prev - normed
-    store(k_ptr + row + cols, normed + dx * maa_k, mask)
-    store(r_ptr + row + cols, normed + dx * maa_r, mask)
+    for i in tl.static_range(len(maa_ptrs)):
+        store(out_ptrs[i] + row + cols, normed + dx * load_vector(maa_ptrs[i], cols, mask), mask)
     store(prev_ptr + row + cols, normed, mask)
 
 
@@ -121,35 +122,36 @@ def begin(
 ) -> tuple[Tensor, Tensor]:
     """What the last layer leaves, x = (x + sigmoid(r) v) scale with (r, v) `gated`, and what the next one begins with.
 
-    v is the sum of some parts [n, B, C].
-
-    x, prev [B, C] -> dx (what prev is beyond LN(x)) and LN(x) + dx maa, both [B, C]; prev = LN(x).
+    x, prev [B, C] -> dx (what prev is beyond LN(x)) and LN(x) + dx maa, both [B, C]; prev = LN(x). v is the sum of some
+    parts [n, B, C].
     """
     B, C = x.shape
     r, v = gated or (None, None)
     dx, out = torch.empty_like(x), torch.empty_like(x)
-    parts = 0 if v is None else len(v)
-    begin_kernel[B,](r, v, x, prev, *norm, maa, dx, out, scale, parts, **across(C), **tuning.launch)
+    begin_kernel[B,](r, v, x, prev, *norm, maa, dx, out, scale, count(v), **across(C), **tuning.launch)
     return dx, out
 
 
-def end(x: Tensor, gated: tuple[Tensor, Tensor], scale: float, norm: Norm, tuning: Tuning) -> Tensor:
+def end(x: Tensor, gated: tuple[Tensor, Tensor] | None, scale: float, norm: Norm, tuning: Tuning) -> Tensor:
     """As `begin` after the last layer: LN(x) [B, C]."""
     B, C = x.shape
+    r, v = gated or (None, None)
     out = torch.empty_like(x)
-    begin_kernel[B,](*gated, x, None, *norm, None, None, out, scale, len(gated[1]), **across(C), **tuning.launch)
+    begin_kernel[B,](r, v, x, None, *norm, None, None, out, scale, count(v), **across(C), **tuning.launch)
     return out
 
 
-def shift_pair(
-    x: Tensor, gain: Tensor | None, prev: Tensor, norm: Norm, maa: tuple[Tensor, Tensor], tuning: Tuning
-) -> tuple[Tensor, Tensor]:
-    """x, prev [B, C] -> LN(x) + dx maa for both, [B, C]; prev = LN(x). Before that x gains the sum of [n, B, C]."""
+def shift(x: Tensor, gain: Tensor | None, prev: Tensor, norm: Norm, maa: Sequence[Tensor], tuning: Tuning) -> Tensor:
+    """x, prev [B, C] -> LN(x) + dx maa for each of these n, [n, B, C]; prev = LN(x). Before that x gains the sum of
+    some parts [m, B, C]."""
     B, C = x.shape
-    k, r = torch.empty_like(x), torch.empty_like(x)
-    parts = 0 if gain is None else len(gain)
-    shift_pair_kernel[B,](x, gain, prev, *norm, *maa, k, r, parts, **across(C), **tuning.launch)
-    return k, r
+    out = x.new_empty(len(maa), B, C)
+    shift_kernel[B,](x, gain, prev, *norm, tuple(maa), out.unbind(0), count(gain), **across(C), **tuning.launch)
+    return out
+
+
+def count(parts: Tensor | None) -> int:
+    return 0 if parts is None else len(parts)
 
 
 def mixtures(lora: Tensor, normed: Tensor, dx: Tensor, w: Tensor, tuning: Tuning) -> Tensor:

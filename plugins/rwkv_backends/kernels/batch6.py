@@ -35,7 +35,8 @@ def step(
         lora = dense(first.to(att.maa_w1.dtype), att.maa_w1)  # on a CPU the adapters are float32
         mixed = batch.mixtures(lora.unsqueeze(0), prev, dx, att.maa_w2, tuning)
         add_product(_wkv(mixed, x, state["att_kv"][i], att, beside, tuning), att.output, x)
-        key, receptance = batch.shift_pair(x, None, state["ffn_x_prev"][i], ln2, (ffn.maa_k, ffn.maa_r), tuning)
+        maa = ffn.maa_k, ffn.maa_r
+        key, receptance = batch.shift(x, None, state["ffn_x_prev"][i], ln2, maa, tuning)
         gated, before = _channel_mixing(key, receptance, ffn, beside, tuning), scale
     assert gated
     return batch.end(x, gated, before, ln_out, tuning.alone)

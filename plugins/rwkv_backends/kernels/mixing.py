@@ -7,6 +7,7 @@ another length of prompt compiles nothing. Annotations are real types, not strin
 import torch
 import triton
 import triton.language as tl
+from rwkv_layers.linear import Matrix, linear
 from torch import Tensor
 
 from rwkv_backends.kernels.device import let_next_begin, load_vector, norm_row, store, tanh, wait_for_earlier
@@ -28,41 +29,6 @@ def embed_kernel(tokens_ptr, emb_ptr, weight_ptr, bias_ptr, x_ptr, C: tl.constex
     mask = cols < C
     x = norm_row(emb_ptr + tl.load(tokens_ptr + m) * C, weight_ptr, bias_ptr, cols, mask, C)
     store(x_ptr + m * C + cols, x, mask)
-
-
-@triton.jit
-def normed_pair(x_ptr, prev_ptr, weight_ptr, bias_ptr, m, T, cols, mask, C: tl.constexpr):
-    """Row m after its norm, and how far the row before it is from that."""
-    if m % T == 0:
-        before = load_vector(prev_ptr + m // T * C, cols, mask)
-    else:
-        before = norm_row(x_ptr + (m - 1) * C, weight_ptr, bias_ptr, cols, mask, C)
-    x = norm_row(x_ptr + m * C, weight_ptr, bias_ptr, cols, mask, C)
-    return x, before - x
-
-
-@triton.jit(do_not_specialize=["T"])
-def shift_one_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_ptr, out_ptr, last_ptr, T,
-                     C: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    m = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, BLOCK)
-    mask = cols < C
-    x, dx = normed_pair(x_ptr, prev_ptr, weight_ptr, bias_ptr, m, T, cols, mask, C)
-    store(out_ptr + m * C + cols, x + dx * load_vector(maa_ptr, cols, mask), mask)
-    store(last_ptr + m // T * C + cols, x, cols < tl.where(m % T == T - 1, C, 0))
-
-
-@triton.jit(do_not_specialize=["M", "T"])
-def shift_six_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, mu_ptr, out_ptr, last_ptr, M, T,
-                     C: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    m = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, BLOCK)
-    mask = cols < C
-    x, dx = normed_pair(x_ptr, prev_ptr, weight_ptr, bias_ptr, m, T, cols, mask, C)
-    for i in tl.static_range(6):
-        mu = load_vector(mu_ptr + i * C, cols, mask)
-        store(out_ptr + (i * M + m) * C + cols, x + dx * mu, mask)
-    store(last_ptr + m // T * C + cols, x, cols < tl.where(m % T == T - 1, C, 0))
 
 
 @triton.jit
@@ -112,17 +78,6 @@ def relu_squared_kernel(k_ptr, size, BLOCK: tl.constexpr, OVERLAP: tl.constexpr)
     store(k_ptr + at, k * k, at < size)
 
 
-@triton.jit(do_not_specialize=["T"])
-def plus_kernel(v_ptr, last_ptr, x_ptr, prev_ptr, T, C: tl.constexpr, BLOCK: tl.constexpr):
-    m = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, BLOCK)
-    mask = cols < C
-    v = load_vector(v_ptr + m * C, cols, mask)
-    store(x_ptr + m * C + cols, load_vector(x_ptr + m * C, cols, mask) + v, mask)
-    mask = cols < tl.where(m % T == T - 1, C, 0)
-    store(prev_ptr + m // T * C + cols, load_vector(last_ptr + m // T * C, cols, mask), mask)
-
-
 def across(C: int) -> dict[str, int]:
     """Options of a kernel whose programs each hold a row of C channels."""
     block = triton.next_power_of_2(C)
@@ -135,26 +90,6 @@ def embed(tokens: Tensor, emb: Tensor, norm: tuple[Tensor, Tensor], tuning: Tuni
     x = emb.new_empty(len(tokens), C)
     embed_kernel[len(tokens),](tokens, emb, *norm, x, **across(C), **tuning.launch)
     return x
-
-
-def shift_one(x: Tensor, prev: Tensor, norm: tuple[Tensor, Tensor], maa: Tensor, T: int) -> tuple[Tensor, Tensor]:
-    """x [M, C], prev [B, C] -> LN(x) + dx maa [M, C], and LN(x) of each sequence's last token [B, C].
-
-    dx is what the token before leaves, minus LN(x). `prev` is left for `add` to update: the program of a first token
-    reads it, that of a last one would write it.
-    """
-    M, C = x.shape
-    out, last = torch.empty_like(x), torch.empty_like(prev)
-    shift_one_kernel[M,](x, prev, *norm, maa, out, last, T, **across(C))
-    return out, last
-
-
-def shift_six(x: Tensor, prev: Tensor, norm: tuple[Tensor, Tensor], mu: Tensor, T: int) -> tuple[Tensor, Tensor]:
-    """LN(x) + dx mu for each of mu [6, C] -> [6, M, C], and LN(x) of each sequence's last token [B, C]."""
-    M, C = x.shape
-    out, last = x.new_empty(6, M, C), torch.empty_like(prev)
-    shift_six_kernel[M,](x, prev, *norm, mu, out, last, M, T, **across(C))
-    return out, last
 
 
 def lerps(lora: Tensor, normed: Tensor, w: Tensor, prev: Tensor, T: int, tuning: Tuning) -> Tensor:
@@ -182,7 +117,11 @@ def relu_squared(k: Tensor, tuning: Tuning) -> Tensor:
     return k
 
 
-def add(v: Tensor, last: Tensor, x: Tensor, prev: Tensor, T: int) -> None:
-    """x += v, both [M, C], and prev = last [B, C]."""
-    M, C = x.shape
-    plus_kernel[M,](v, last, x, prev, T, **across(C))
+def squared_product(x: Tensor, key: Matrix, tuning: Tuning) -> Tensor:
+    """relu(W x)^2 for x [M, C], W [F, C] -> [M, F], some rows after others: what is squared is still in the cache."""
+    if key.scale is not None or len(x) <= tuning.key_tokens:
+        return relu_squared(linear(x, key), tuning)
+    k = x.new_empty(len(x), len(key.weight))
+    for some, out in zip(x.split(tuning.key_tokens), k.split(tuning.key_tokens), strict=True):
+        relu_squared(torch.mm(some, key.weight.t(), out=out), tuning)
+    return k

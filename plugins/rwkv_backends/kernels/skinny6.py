@@ -33,7 +33,7 @@ def step(x: Tensor, state: State, layers: Sequence[tuple[Block, float]], ln_out:
         out = wkv6.wkv(kvrg, low, att.decay_w2, att.decay, att.bonus, norm, state["att_kv"][i], x, tuning)
         gain = skinny.parts(out, att.output, tuning)
         maa = ffn.maa_k, ffn.maa_r
-        key, receptance = batch.shift_pair(x, gain, state["ffn_x_prev"][i], ln2, maa, tuning)
+        key, receptance = batch.shift(x, gain, state["ffn_x_prev"][i], ln2, maa, tuning)
         k, r = skinny.pair(key.unsqueeze(0), ffn.key, "square", receptance, ffn.receptance, x.dtype, tuning)
         gated, before = (r, skinny.parts(k[0], ffn.value, tuning)), scale
     assert gated

@@ -79,19 +79,16 @@ def normed(x, weight, bias, mask, C: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["M", "T"])
-def tokens_kernel(x_ptr, r_ptr, v_ptr, gated_ptr, scale, prev_ptr, weight_ptr, bias_ptr, maa_a_ptr, maa_b_ptr, a_ptr,
-                  b_ptr, last_ptr, M, T, C: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
+def tokens_kernel(x_ptr, r_ptr, v_ptr, gated_ptr, scale, prev_ptr, weight_ptr, bias_ptr, maa_ptrs, out_ptrs, last_ptr,
+                  M, T, C: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
                   OVERLAP: tl.constexpr):  # fmt: skip
-    """Without v, x is not gated; without weight, it is not normed and shifted; without maa_a, a is what is shifted."""
+    """Without v, x is not gated; without weight, it is not normed and shifted; without maa, out is what is shifted."""
     let_next_begin(OVERLAP)
     start = tl.program_id(0).to(tl.int64) * TOKENS
     cols = tl.arange(0, BLOCK)
     mask = cols < C
     if weight_ptr is not None:  # once for all tokens: what is read after something is written waits for memory again
         weight, bias = load_vector(weight_ptr, cols, mask), load_vector(bias_ptr, cols, mask)
-        maa_b = load_vector(maa_b_ptr, cols, mask)
-        if maa_a_ptr is not None:
-            maa_a = load_vector(maa_a_ptr, cols, mask)
     wait_for_earlier(OVERLAP)
     x = rows_from(x_ptr, start, M, cols, C, TOKENS)
     if v_ptr is not None:
@@ -113,11 +110,11 @@ def tokens_kernel(x_ptr, r_ptr, v_ptr, gated_ptr, scale, prev_ptr, weight_ptr, b
                 before = tl.load(prev_ptr + b * C + cols, mask=there, other=0.0)
             here = y[j + 1].to(tl.float32)
             dx = before.to(tl.float32) - here
-            if maa_a_ptr is None:
-                tl.store(a_ptr + m * C + cols, y[j + 1], mask=there)
-            else:
-                store(a_ptr + m * C + cols, here + dx * maa_a, there)
-            store(b_ptr + m * C + cols, here + dx * maa_b, there)
+            for i in tl.static_range(len(out_ptrs)):
+                if maa_ptrs[i] is None:
+                    tl.store(out_ptrs[i] + m * C + cols, y[j + 1], mask=there)
+                else:
+                    store(out_ptrs[i] + m * C + cols, here + dx * load_vector(maa_ptrs[i], cols, mask), there)
             ends = (m < M) & (t == T - 1)
             tl.store(last_ptr + b * C + cols, y[j + 1], mask=cols < tl.where(ends, C, 0))
 
@@ -127,31 +124,29 @@ class Shift(NamedTuple):
 
     prev: Tensor  # [B, C]: what the first tokens are shifted from
     norm: tuple[Tensor, Tensor]
-    maa: tuple[Tensor | None, Tensor]  # without the first, what is shifted itself
+    maa: tuple[Tensor | None, ...]  # None for what is shifted itself
     last: Tensor  # [B, C]: where the last tokens are left for what follows
 
 
-def shift(x: Tensor, to: Shift, tuning: Tuning) -> tuple[Tensor, Tensor]:
-    """x [M, C] -> LN(x) + dx maa for both [M, C], dx being what the token before leaves, minus LN(x)."""
-    a, b = torch.empty_like(x), torch.empty_like(x)
-    _start(x, None, None, None, 1.0, to, (a, b), tuning)
-    return a, b
+def shift(x: Tensor, to: Shift, tuning: Tuning) -> Tensor:
+    """x [M, C] -> LN(x) + dx maa for each of these n, [n, M, C], dx being what the token before leaves, minus LN(x)."""
+    out = x.new_empty(len(to.maa), *x.shape)
+    _start(x, None, None, None, 1.0, to, out, tuning)
+    return out
 
 
 def gate(r: Tensor, v: Tensor, x: Tensor, scale: float, tuning: Tuning) -> Tensor:
     """(x + sigmoid(r) v) scale, all [M, C]."""
     out = torch.empty_like(x)
-    _start(x, r, v, out, scale, None, (None, None), tuning)
+    _start(x, r, v, out, scale, None, None, tuning)
     return out
 
 
-def gate_shift(
-    r: Tensor, v: Tensor, x: Tensor, scale: float, to: Shift, tuning: Tuning
-) -> tuple[Tensor, Tensor, Tensor]:
+def gate_shift(r: Tensor, v: Tensor, x: Tensor, scale: float, to: Shift, tuning: Tuning) -> tuple[Tensor, Tensor]:
     """`gate`, and `shift` of what it gives."""
-    out, a, b = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
-    _start(x, r, v, out, scale, to, (a, b), tuning)
-    return out, a, b
+    gated, out = torch.empty_like(x), x.new_empty(len(to.maa), *x.shape)
+    _start(x, r, v, gated, scale, to, out, tuning)
+    return gated, out
 
 
 def _start(
@@ -161,17 +156,17 @@ def _start(
     gated: Tensor | None,
     scale: float,
     to: Shift | None,
-    out: tuple[Tensor | None, Tensor | None],
+    out: Tensor | None,
     tuning: Tuning,
 ) -> None:
     M, C = x.shape
-    prev, norm, maa, last = to or (None, (None, None), (None, None), None)
+    prev, norm, maa, last = to or (None, (None, None), None, None)
     T = M // len(prev) if prev is not None else M
     options, tokens = across(C), tuning.tokens
     registers = REGISTERS
     if options["BLOCK"] > 2048:  # as many numbers a thread with fewer rows
         tokens, registers = 2, WIDE_REGISTERS
     tokens_kernel[triton.cdiv(M, tokens),](
-        x, r, v, gated, scale, prev, *norm, *maa, *out, last, M, T,
+        x, r, v, gated, scale, prev, *norm, maa, None if out is None else out.unbind(0), last, M, T,
         **options, TOKENS=tokens, maxnreg=registers if x.element_size() == 2 else None, **tuning.launch,
     )  # fmt: skip

@@ -43,20 +43,18 @@ class Tuning:
     """Its channels."""
     lerp_split: int = 512
     """Up to so many tokens a program makes one of the five mixtures: more programs, each reading what they share."""
-    chunk: int = 16
-    """RWKV-7: tokens of a prompt between two states that are computed: at least 16, the least of Triton's products."""
+    key_tokens: int = 1024
+    """Of a prompt whose products with the key matrix are squared before the next ones are made."""
     span: int = 64
-    """Tokens of a prompt one program works on, all spans at once: at least 16, in RWKV-7 a chunk. RWKV-6 in float32
-    takes half as many."""
+    """Tokens of a prompt one program works on, all spans at once: at least 16, in RWKV-7 at most 128. In float32 RWKV-6
+    takes half as many; RWKV-7 a quarter, in float16 too."""
     least_decay: int = 80
     """RWKV-6: where half a block of a span decays by no more than 2 to the power of minus this, all its pairs of tokens
     are one product; blocks are halved until it is so. At 0 each size of block has a product."""
     carry_ahead: int = 16
     """RWKV-6: spans whose states a program asks for at once as it carries the state through a prompt."""
     tokens: int = 4
-    """RWKV-6: tokens of a prompt that one program gates, norms and shifts: two or four."""
-    state_cols: int = 32
-    """RWKV-7: columns of a head's state that one program carries through a prompt: from 16 to the head size."""
+    """Of a prompt that one program gates, norms and shifts: two or four."""
 
     @property
     def launch(self) -> dict[str, Any]:

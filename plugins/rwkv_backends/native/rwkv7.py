@@ -78,7 +78,7 @@ def _layer(block: Block, packer: Packer) -> Layer:
         packer.vector(att.removal),
         packer.vector(att.replacement),
         packer.vector(att.bonus),
-        (Matrix * 3)(*(packer.matrix(*m) for m in (att.receptance, att.key, att.value))),
+        (Matrix * 3)(*packer.matrices(*att.rkv)),
         packer.norm(att.ln_x_weight, att.ln_x_bias),
         packer.matrix(*att.output),
         packer.vector(ffn.shift),
