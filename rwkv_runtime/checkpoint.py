@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rwkv_runtime.ahead import Ahead
 from rwkv_runtime.errors import CheckpointError, OptionError
+from rwkv_runtime.memory import keep_freed_memory
 from rwkv_runtime.model import Architecture, Model, ModelConfig
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -187,6 +188,8 @@ def build_model(
         raise OptionError(f"{source}: {architecture.name} has no quantization {quant!r}; it has {known}")
     if state_dtype != torch.float32 and not architecture.rounded:
         raise OptionError(f"{source}: {architecture.name} has no state in 16 bits")
+    if device.type == "cpu":
+        keep_freed_memory()
     own = _own_dtype(tensors)
     dtype = dtype or own
     # What is made smaller on the way is not brought to a GPU as it is.

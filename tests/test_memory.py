@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +28,32 @@ def faults(draws):
 faults(20)
 print(faults(20) / 20)
 """
+
+
+LOADED = """
+import resource, torch
+from helpers import tiny_config
+from rwkv_runtime.checkpoint import build_model
+from rwkv_runtime.runtime import load_plugins
+architectures = load_plugins().architectures
+architecture = architectures.get("rwkv6")
+build_model(architecture.random(tiny_config(architecture)), architectures, torch.device("cpu"))
+def faults(tensors):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(tensors):
+        torch.zeros(512, 2048)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults(5)
+print(faults(20) / 20)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_a_loaded_model_finds_the_memory_of_a_prompt_where_it_left_it() -> None:
+    """Without an engine too; in a process of its own, as below."""
+    command, folder = [sys.executable, "-c", LOADED], Path(__file__).parent
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder).stdout
+    assert float(printed) < 50  # a tensor of 4 MiB has 1,024 pages
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")

@@ -66,6 +66,13 @@ class Weights(NamedTuple):
 
 def time_mixing(x: Tensor, x_prev: Tensor, kv: Tensor, w: TimeMixing) -> Tensor:
     """x [B, T, C] -> [B, T, C]. Updates x_prev [B, C] and kv float32 [B, H, N, N] in place."""
+    kvrg, raw = projected(x, x_prev, w)
+    return linear(attended(kvrg, raw, kv, w, x.dtype), w.output)
+
+
+def projected(x: Tensor, x_prev: Tensor, w: TimeMixing) -> tuple[Tensor, Tensor]:
+    """x [B, T, C] -> keys, values, receptances and gates [4, B, T, H, N], and decays float32 [B, T, H, N], whose
+    logarithms are -e^them. Updates x_prev [B, C] in place."""
     B, T, C = x.shape
     H, N = w.bonus.shape
     # The adapters are small: for few rows, float32 costs less than oneDNN's start at a product of bfloat16 (17 us).
@@ -79,14 +86,21 @@ def time_mixing(x: Tensor, x_prev: Tensor, kv: Tensor, w: TimeMixing) -> Tensor:
     mix = torch.bmm(lora, w.maa_w2.to(dtype))
     mixed = torch.addcmul(wide, dx, mix)  # [5, B*T, C]
     raw = dense(torch.tanh(dense(mixed[0], w.decay_w1.to(dtype))), w.decay_w2.to(dtype)) + w.decay
-    kvrg = linears(mixed[1:].to(x.dtype), w.kvrg).to(dtype).view(4, B, T, H, N)
-    log_w = raw.exp_().neg_().view(B, T, H, N)
+    kvrg = linears(mixed[1:].to(x.dtype), w.kvrg).to(dtype)
+    return kvrg.view(4, B, T, H, N), raw.view(B, T, H, N)
+
+
+def attended(kvrg: Tensor, raw: Tensor, kv: Tensor, w: TimeMixing, dtype: torch.dtype) -> Tensor:
+    """The recurrence, its norm and the gate, of what `projected` gives -> [B, T, C] of a dtype. Updates kv in place;
+    raw may change."""
+    B, T, H, N = raw.shape
+    log_w = raw.exp_().neg_()
     k, v, r, g = kvrg.unbind(0)
     out = wkv_step(r, k, v, log_w, w.bonus, kv) if T == 1 else wkv_chunked(r, k, v, log_w, w.bonus, kv)
     # group_norm, as a layer_norm of each head: 1.9 times as fast for many tokens
     out = torch.layer_norm(out, [N], eps=64e-5)
-    out = torch.addcmul(w.ln_x_bias, out, w.ln_x_weight).to(dtype).mul_(F.silu(g)).to(x.dtype)
-    return linear(out.view(B, T, C), w.output)
+    out = torch.addcmul(w.ln_x_bias, out, w.ln_x_weight).to(kvrg.dtype).mul_(F.silu(g)).to(dtype)
+    return out.view(B, T, H * N)
 
 
 def channel_mixing(x: Tensor, x_prev: Tensor, w: ChannelMixing) -> Tensor:
@@ -96,7 +110,9 @@ def channel_mixing(x: Tensor, x_prev: Tensor, w: ChannelMixing) -> Tensor:
     x_prev.copy_(x[:, -1])
     k = times(w.key, torch.addcmul(x, dx, w.maa_k).view(B * T, C).t()).relu_().square_()  # [F, B*T]
     r = times(w.receptance, torch.addcmul(x, dx, w.maa_r).view(B * T, C).t()).sigmoid_()  # [C, B*T]
-    return r.mul_(times(w.value, k)).t().view(B, T, C)
+    out = r.mul_(times(w.value, k)).t()  # [B*T, C]
+    # On a CPU it is turned round by a copy, which takes a third of what adding columns to rows does.
+    return (out.contiguous() if x.is_cpu else out).view(B, T, C)
 
 
 class RWKV6(Architecture):

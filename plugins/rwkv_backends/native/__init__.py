@@ -2,7 +2,7 @@
 
 A step of a few rows takes as long as memory takes to give out the weights; everything else has to be hidden behind
 that. Prompts and larger batches are bound by arithmetic, which torch's matrix products do best: they go through the
-architecture's own forward pass.
+architecture's own forward pass, in which a family may put C in place of what is between the products of a prompt.
 """
 
 from __future__ import annotations
@@ -73,13 +73,14 @@ class Step:
         self.most_threads = max(1, family.layer_weights(model) // WEIGHTS)
         self.scratch_size, self.step = library[f"{name}_scratch"], library[f"{name}_step"]
         self.scratch_size.restype = ctypes.c_int64
-        self.eager: Forward = partial(model.architecture.forward, model.architecture.ops, model.weights)
+        ops = {**model.architecture.ops, **family.prompt_ops(library, team)}
+        self.prompt: Forward = partial(model.architecture.forward, ops, model.weights)
 
     def __call__(self, tokens: Tensor, state: State, every: bool = False) -> Tensor:
         B, T = tokens.shape
         states = [state[name] for name in STATES]
         if T != 1 or B > ROWS or not all(t[0, 0].is_contiguous() for t in states):
-            return self.eager(tokens, state, every)
+            return self.prompt(tokens, state, every)
         threads = min(torch.get_num_threads(), self.most_threads)
         tokens = tokens.contiguous()
         size = self.scratch_size(ctypes.byref(self.model), ctypes.c_int64(B), ctypes.c_int64(threads))

@@ -11,31 +11,23 @@ struct matrix {
 };
 
 /* Memory gives out most when it is read from one end to the other, so a row is read after the other. It is asked for
-   ahead of use, as a hardware prefetcher stops at the end of a page. */
+   ahead of use, as a hardware prefetcher stops at the end of a page and is late where a row takes long: straight into
+   the first-level cache, as it is read once. */
 #define LINE 64 /* bytes of a cache's line */
-#define AHEAD 4096
-#define FETCH(address) __builtin_prefetch(address, 0, 2)
-/* Vectors that take more than NEAR bytes do not stay in the first-level cache from row to row: then GROUP rows that
-   wait in the second-level cache are multiplied, TILE bytes of each at a time, with the part of the vectors that
-   belongs to these. */
+#define AHEAD 8192
+#define FETCH(address, again) (again ? __builtin_prefetch(address, 0, 2) : __builtin_prefetch(address, 0, 0))
+/* Vectors that take up to NEAR bytes stay in the first-level cache from row to row. Of larger ones, half of that is
+   multiplied with its part of each row, then the next. */
 #define NEAR (32 << 10)
-#define GROUP 8
-#define TILE 2048
-#define MOST 16 /* vectors */
-/* A row's sum is made of several, of every fourth line each, which hides the latency of an addition. */
-#define SUMS 4
-/* Vectors at a time: all sums together take half of the registers. */
+/* Where there are more vectors than registers for their sums, as many bytes of rows wait in the second-level cache. */
+#define GROUP (256 << 10)
+#define MOST 8 /* vectors at a time */
 #if defined(__AVX512F__) || defined(__aarch64__)
-#define VECTORS 4
+#define REGISTERS 16 /* for sums: half of all */
 #else
-#define VECTORS 2
+#define REGISTERS 8
 #endif
-#define UNROLL _Pragma("GCC unroll 4")
-
-typedef float partial[SUMS][LANES];
-
-/* Between two vectors that are read side by side: off the powers of two, for such addresses share a cache's places. */
-INLINE int64_t spread(int64_t cols) { return (cols + 31) / 32 * 32 + 32; }
+#define UNROLL _Pragma("GCC unroll 8")
 
 /* bfloat16 is multiplied in pairs where the processor can, with vectors rounded to it: an instruction does twice the
    work, and nothing is widened. Every other type is widened to float32. */
@@ -53,7 +45,7 @@ INLINE floats plus_pairs(floats sum, floats a, floats b) { return sum; }
 INLINE floats few_pairs(const char *w, int64_t count) { return (floats){0}; }
 #endif
 
-/* Numbers that are multiplied at once, weights and vectors as `plus` takes them, and sum + weights * vector. */
+/* Numbers that are multiplied at once, weights as `plus` takes them, and sum + weights * vector. */
 INLINE int64_t at_once(int dtype) { return in_pairs(dtype) ? 2 * LANES : LANES; }
 INLINE floats weights_at(int dtype, const char *w, int64_t i) {
     return in_pairs(dtype) ? get((const float *)(w + 2 * i)) : many_as(dtype, w, i);
@@ -62,100 +54,137 @@ INLINE floats few_weights_at(int dtype, const char *w, int64_t i, int64_t count)
     if (in_pairs(dtype)) return few_pairs(w + 2 * i, count);
     return count < LANES ? few_as(dtype, w, i, count) : many_as(dtype, w, i);
 }
-INLINE floats vector_at(int dtype, const char *x, int64_t i) {
-    return get((const float *)(x + i * (in_pairs(dtype) ? 2 : 4)));
-}
 INLINE floats plus(int dtype, floats sum, floats weights, floats vector) {
     return in_pairs(dtype) ? plus_pairs(sum, weights, vector) : sum + weights * vector;
 }
 
-/* Numbers i..n of a row w times B vectors x, `apart` bytes apart and padded with zeros: sums [B, SUMS] by lane, to
-   which they are added unless they are the first. As many lines from `ahead` are asked for. B is a constant. */
-INLINE void block(int dtype, int B, const char *w, const char *ahead, const char *x, int64_t apart, int64_t i,
-                  int64_t n, int more, partial *sums) {
-    const int64_t line = LINE / size_of(dtype), once = at_once(dtype);
-    floats acc[SUMS][VECTORS];
-    UNROLL for (int s = 0; s < SUMS; s++) UNROLL for (int b = 0; b < B; b++)
-        acc[s][b] = more ? get(sums[b][s]) : (floats){0};
-    for (; i + SUMS * line <= n; i += SUMS * line, ahead += SUMS * LINE)
-        UNROLL for (int s = 0; s < SUMS; s++) {
-            FETCH(ahead + s * LINE);
-            UNROLL for (int64_t j = i + s * line; j < i + (s + 1) * line; j += once) {
-                floats weights = weights_at(dtype, w, j);
-                UNROLL for (int b = 0; b < B; b++)
-                    acc[s][b] = plus(dtype, acc[s][b], weights, vector_at(dtype, x + b * apart, j));
-            }
-        }
-    if (i < n)
-        UNROLL for (int s = 0; s < SUMS; s++, i += line)
-            for (int64_t j = i; j < n && j < i + line; j += once) {
-                floats weights = few_weights_at(dtype, w, j, n - j);
-                UNROLL for (int b = 0; b < B; b++)
-                    acc[s][b] = plus(dtype, acc[s][b], weights, vector_at(dtype, x + b * apart, j));
-            }
-    UNROLL for (int b = 0; b < B; b++) UNROLL for (int s = 0; s < SUMS; s++) put(sums[b][s], acc[s][b]);
+/* A row's sum is made of the sums of units of it, whatever the number of vectors. Each of these is made of several, of
+   every other line or of every fourth, which hides the latency of an addition. */
+INLINE int64_t width_of(int dtype) { return in_pairs(dtype) ? 2 : 4; } /* of a number, in bytes */
+INLINE int64_t unit_of(int dtype) { return NEAR / 2 / MOST / width_of(dtype); }
+INLINE int sums_of(int dtype) { return dtype == INT8 ? 4 : 2; }
+
+/* How many of n vectors are multiplied side by side, filled up with zeros where there are fewer. */
+INLINE int together(int dtype, int64_t n) {
+    int all = n > 4 ? 8 : n > 2 ? 4 : (int)n, most = REGISTERS / sums_of(dtype);
+    return all < most ? all : most;
 }
 
-INLINE void blocks(int dtype, const char *w, const char *ahead, const char *x, int64_t apart, int64_t i, int64_t end,
-                   int more, int64_t n, partial *sums) {
-    for (int64_t b = 0, size; b < n; b += size) {
-        size = n - b >= VECTORS ? VECTORS : n - b >= 2 ? 2 : 1;
-        if (size == VECTORS)
-            block(dtype, VECTORS, w, ahead, x + b * apart, apart, i, end, more, sums + b);
-        else if (size == 2)
-            block(dtype, 2, w, ahead, x + b * apart, apart, i, end, more, sums + b);
-        else
-            block(dtype, 1, w, ahead, x + b * apart, apart, i, end, more, sums + b);
-    }
-}
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-INLINE float total(const partial *s) {
-    return sum((get((*s)[0]) + get((*s)[1])) + (get((*s)[2]) + get((*s)[3])));
-}
+struct part {
+    int64_t first, last; /* rows */
+    int64_t from, to;    /* columns */
+    int64_t ahead;       /* bytes from what is read to what is asked for */
+    int again;           /* whether it is read again soon */
+};
 
-INLINE void rows_times(int dtype, const struct matrix *m, int64_t first, int64_t last, const char *x, int64_t n,
+/* A part of a matrix times n vectors x [columns / at_once, B, at_once] -> out [n, rows], to which columns that are not
+   the first are added. B is a constant, n at most as many. */
+INLINE void part_times(int dtype, int B, const struct matrix *m, const struct part *p, const float *x, int64_t n,
                        float *out) {
-    int64_t size = size_of(dtype), pitch = m->cols * size, apart = spread(m->cols) * (in_pairs(dtype) ? 2 : 4);
-    int near = n * apart <= NEAR;
-    int64_t group = near ? 1 : GROUP, tile = near ? m->cols : TILE / size;
-    for (int64_t row = first; row < last; row += group) {
-        int64_t rows = last - row < group ? last - row : group;
-        const char *w = (const char *)m->weight + row * pitch, *ahead = w + (near ? AHEAD : group * pitch);
-        partial sums[GROUP * MOST]; /* [rows, n] */
-        for (int64_t i = 0; i < m->cols; i += tile) {
-            int64_t end = i + tile < m->cols ? i + tile : m->cols;
-            for (int64_t r = 0; r < rows; r++, ahead += (end - i) * size)
-                blocks(dtype, w + r * pitch, ahead, x, apart, i, end, i > 0, n, sums + r * n);
+    const int64_t line = LINE / size_of(dtype), once = at_once(dtype), unit = unit_of(dtype);
+    const int S = sums_of(dtype);
+    for (int64_t row = p->first; row < p->last; row++) {
+        const char *w = (const char *)m->weight + (row * m->cols + p->from) * size_of(dtype);
+        const float *v = x;
+        for (int64_t start = p->from, left; start < p->to; start += unit) {
+            floats acc[MOST][4];
+            UNROLL for (int b = 0; b < B; b++) UNROLL for (int s = 0; s < S; s++) acc[b][s] = (floats){0};
+            for (left = least(unit, p->to - start); left >= S * line; left -= S * line, w += S * LINE)
+                UNROLL for (int s = 0; s < S; s++) {
+                    FETCH(w + p->ahead + s * LINE, p->again);
+                    UNROLL for (int64_t i = s * line; i < (s + 1) * line; i += once, v += B * LANES) {
+                        floats weights = weights_at(dtype, w, i);
+                        UNROLL for (int b = 0; b < B; b++)
+                            acc[b][s] = plus(dtype, acc[b][s], weights, get(v + b * LANES));
+                    }
+                }
+            for (int64_t i = 0; i < left; i += once, v += B * LANES) {
+                floats weights = few_weights_at(dtype, w, i, left - i);
+                UNROLL for (int b = 0; b < B; b++) acc[b][0] = plus(dtype, acc[b][0], weights, get(v + b * LANES));
+            }
+            float scale = dtype == INT8 ? m->scale[row] : 1.0f;
+            UNROLL for (int b = 0; b < B; b++) {
+                floats all = acc[b][0] + acc[b][1];
+                if (S == 4) all += acc[b][2] + acc[b][3];
+                float total = sum(all) * scale, *to = out + b * m->rows + row;
+                if (b < n) *to = start ? *to + total : total;
+            }
         }
-        for (int64_t r = 0; r < rows; r++)
-            for (int64_t b = 0; b < n; b++)
-                out[b * m->rows + row + r] = total(sums + r * n + b) * (dtype == INT8 ? m->scale[row + r] : 1.0f);
     }
 }
 
-/* Room for the packed vectors that `multiply` takes, in numbers of float32. */
-INLINE int64_t packed_size(int64_t cols, int64_t n) { return n * spread(cols); }
+/* By type and by 1, 2, 4 or 8 vectors. */
+typedef void times_part(const struct matrix *m, const struct part *p, const float *x, int64_t n, float *out);
+#define TIMES(dtype, B)                                                                                   \
+    static void dtype##_times_##B(const struct matrix *m, const struct part *p, const float *x, int64_t n, \
+                                  float *out) {                                                            \
+        part_times(dtype, B, m, p, x, n, out);                                                             \
+    }
+#define TIMES_ALL(dtype) TIMES(dtype, 1) TIMES(dtype, 2) TIMES(dtype, 4) TIMES(dtype, 8)
+TIMES_ALL(FLOAT32)
+TIMES_ALL(BFLOAT16)
+TIMES_ALL(FLOAT16)
+TIMES_ALL(INT8)
+#define NAMES(dtype) {dtype##_times_1, dtype##_times_2, dtype##_times_4, dtype##_times_8}
+static times_part *const times_of[4][4] = {NAMES(FLOAT32), NAMES(BFLOAT16), NAMES(FLOAT16), NAMES(INT8)};
+
+/* Columns of packed vectors, and the room that `multiply` needs for these, in numbers of float32. */
+INLINE int64_t spread(int64_t cols) { return (cols + 2 * LANES - 1) / (2 * LANES) * (2 * LANES); }
+INLINE int64_t packed_size(int64_t cols, int64_t n) { return (n > 2 ? (n + 7) / 4 * 4 : n) * spread(cols); }
+
+/* n vectors x [n, cols] -> [cols / at_once, B, at_once], zeros where there is nothing. */
+static NOINLINE void pack(int dtype, const float *x, int64_t cols, int64_t n, int64_t B, float *packed) {
+    int64_t once = at_once(dtype);
+    for (int64_t i = 0; i < spread(cols); i += LANES)
+        for (int64_t b = 0; b < B; b++) {
+            const float *from = x + b * cols + i;
+            int64_t to = (i / once * B + b) * once + i % once;
+            floats v = {0};
+            if (b < n && i < cols) v = i + LANES <= cols ? get(from) : few_as(FLOAT32, from, 0, cols - i);
+            if (in_pairs(dtype))
+                put_bfloat16((uint16_t *)packed + to, v);
+            else
+                put(packed + to, v);
+        }
+}
+
+/* Those rows of a matrix times n vectors, which are packed for B at a time. */
+static void rows_times(const struct matrix *m, int64_t first, int64_t last, const float *x, int64_t n, int64_t B,
+                       int again, float *out) {
+    int dtype = (int)m->dtype;
+    int64_t unit = unit_of(dtype), fit = NEAR / B / width_of(dtype), pitch = m->cols * size_of(dtype);
+    int whole = m->cols <= fit;
+    int64_t cols = whole ? m->cols : fit < 2 * unit ? unit : fit / 2 / unit * unit;
+    int64_t ahead = whole ? AHEAD : pitch * (1 + AHEAD / (cols * size_of(dtype)));
+    for (int64_t from = 0; from < m->cols; from += cols) {
+        struct part part = {first, last, from, least(from + cols, m->cols), ahead, again};
+        times_of[dtype][B == 8 ? 3 : B / 2](m, &part, x + from * B * width_of(dtype) / 4, n, out);
+    }
+}
 
 /* Rows first..last of a matrix times n vectors x [n, cols] -> those columns of out [n, rows]. */
 static void multiply(const struct matrix *m, int64_t first, int64_t last, const float *x, int64_t n, float *out,
                      float *packed) {
-    int64_t cols = m->cols, apart = spread(cols);
-    if (first >= last) return;
-    for (int64_t b = 0; b < n; b++)
-        for (int64_t i = 0; i < apart; i++) {
-            float value = i < cols ? x[b * cols + i] : 0.0f;
-            if (in_pairs((int)m->dtype))
-                ((uint16_t *)packed)[b * apart + i] = to_bfloat16(value);
-            else
-                packed[b * apart + i] = value;
-        }
-    switch (m->dtype) {
-    case FLOAT32: rows_times(FLOAT32, m, first, last, (const char *)packed, n, out); break;
-    case BFLOAT16: rows_times(BFLOAT16, m, first, last, (const char *)packed, n, out); break;
-    case FLOAT16: rows_times(FLOAT16, m, first, last, (const char *)packed, n, out); break;
-    default: rows_times(INT8, m, first, last, (const char *)packed, n, out);
+    int dtype = (int)m->dtype, again = n > together(dtype, n);
+    int64_t size = spread(m->cols) * width_of(dtype) / 4, B;
+    if (first >= last || !m->cols) return;
+    int64_t group = again ? 1 + GROUP / (m->cols * size_of(dtype)) : last - first;
+    for (int64_t b = 0; b < n; b += B) {
+        B = together(dtype, n - b);
+        pack(dtype, x + b * m->cols, m->cols, n - b, B, packed + b * size);
     }
+    for (int64_t row = first; row < last; row += group)
+        for (int64_t b = 0; b < n; b += B) {
+            B = together(dtype, n - b);
+            rows_times(m, row, least(row + group, last), packed + b * size, least(n - b, B), B, again,
+                       out + b * m->rows);
+        }
 }
+
+/* Sums of vectors of columns at a time. */
+#define VECTORS (REGISTERS / 4)
 
 /* G vectors of columns, B sums of rows each: w [rows, ...], x [B, rows]. G and B are constants. */
 INLINE void columns(int dtype, int G, int B, const char *w, int64_t pitch, int64_t rows, const float *x, int64_t apart,

@@ -72,6 +72,13 @@ static __attribute__((noinline)) floats few_as(int dtype, const void *p, int64_t
     return many_as(dtype, padded, 0);
 }
 
+/* The same as to_bfloat16, for many. */
+INLINE void put_bfloat16(uint16_t *p, floats x) {
+    words i = (words)x, rounded = (i + 0x7fff + (i >> 16 & 1)) >> 16;
+    rounded = (words)choose(x == x, (floats)rounded, (floats)((words){0} + 0x7fc0));
+    *(shorts_at *)p = __builtin_convertvector(rounded, shorts);
+}
+
 /* Stores a number as its type keeps it; states are never INT8. */
 INLINE void put_as(int dtype, void *p, int64_t i, float x) {
     switch (dtype) {

@@ -27,6 +27,7 @@ struct scratch {
     int64_t packed_size; /* of one thread */
 };
 
+#include "prompt6.h"
 #include "step.h"
 
 static int64_t lay_out(const struct model *m, int64_t B, int threads, float *start, struct scratch *s) {

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from rwkv_backends.native.prompt6 import TimeMixing6
 from rwkv_backends.native.structs import Matrix, Norm, Packer, Weighted
+from rwkv_backends.native.team import Team
 from rwkv_runtime import Model
 
 if TYPE_CHECKING:
@@ -69,6 +72,11 @@ def layer_weights(model: Model) -> int:
     """How many there are in the large matrices of one layer."""
     C, F = model.config.n_embd, model.config.n_ffn
     return 6 * C * C + 2 * C * F
+
+
+def prompt_ops(library: ctypes.CDLL, team: Team) -> dict[str, Callable[..., Tensor]]:
+    """What takes the place of the architecture's operations."""
+    return {"time_mixing": TimeMixing6(library, team)}
 
 
 def _layer(block: Block, dtype: torch.dtype, packer: Packer) -> Layer:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from rwkv_backends.native.structs import Matrix, Norm, Packer, Weighted
+from rwkv_backends.native.team import Team
 from rwkv_runtime import Model
 
 if TYPE_CHECKING:
@@ -60,6 +64,11 @@ def layer_weights(model: Model) -> int:
     """How many there are in the large matrices of one layer."""
     C, F = model.config.n_embd, model.config.n_ffn
     return 4 * C * C + 2 * C * F
+
+
+def prompt_ops(library: ctypes.CDLL, team: Team) -> dict[str, Callable[..., Tensor]]:
+    """What takes the place of the architecture's operations: nothing."""
+    return {}
 
 
 def _layer(block: Block, packer: Packer) -> Layer:
