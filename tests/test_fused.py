@@ -39,9 +39,10 @@ def interpreter_fails() -> bool:
     return old < [3, 7] and new >= [2, 4]
 
 
-FEW = {torch.bfloat16: 32, torch.float16: 32, torch.float32: 128}
-"""Bytes of a thread that a kernel may spill, eight registers: one version of Triton needs none where another does.
-float32 is multiplied in three parts, for which RWKV-7's spans want more registers than there are."""
+FEW = 48
+"""Bytes of a thread that a kernel may spill, twelve registers: one version of Triton needs none where another does."""
+MORE = {"spans_kernel": 128}
+"""For those that have all registers that there are."""
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 needs_compiler = pytest.mark.skipif(fused.interpreted(), reason="Triton's interpreter is on, which compiles nothing")
 
@@ -96,7 +97,7 @@ def test_every_kernel_compiles_for_hopper_and_spills_next_to_nothing(
         "rwkv7": {"activate_kernel", "rows_kernel", "outputs_kernel"},
     }
     assert names >= own[architecture.name] - ({"product_kernel"} if dtype == torch.float32 else set())
-    assert [(kernel.name, kernel.spilled) for kernel in kernels if kernel.spilled > FEW[dtype]] == []
+    assert [(kernel.name, kernel.spilled) for kernel in kernels if kernel.spilled > MORE.get(kernel.name, FEW)] == []
     assert [(kernel.name, kernel.shared) for kernel in kernels if kernel.shared > SHARED] == []
     readers = {"shift_lora_kernel", "kvrg_kernel", "rkv_kernel", "add_kernel", "key_value_kernel", "head_kernel"}
     for kernel in kernels:
@@ -117,7 +118,7 @@ def test_kernels_of_a_state_in_16_bits_compile_for_hopper_and_spill_next_to_noth
     model = replace(model, weights=as_on_a_gpu(model.weights, dtype))
     forward = import_module(FAMILIES[architecture.name]).forward(model, Tuning())
     kernels = compiled(forward, model, [(1, 1), (32, 1), (1, 2), (1, Tuning().span + 1)], monkeypatch)
-    assert [kernel.name for kernel in kernels if kernel.spilled > FEW[dtype]] == []
+    assert [kernel.name for kernel in kernels if kernel.spilled > MORE.get(kernel.name, FEW)] == []
     writers = {"rwkv6": {"wkv_kernel", "carry_kernel"}, "rwkv7": {"few_kernel", "rows_kernel", "carry_kernel"}}[
         architecture.name
     ]
