@@ -18,9 +18,10 @@ from rwkv_runtime import Backend, Forward, Model
 
 FLA = "fla wkv"
 ARCHITECTURE = "rwkv6"
-OP = "time_mixing"
+OP, PART = "time_mixing", "attended"
+"""The op, and what in it calls the recurrence."""
 STEP, CHUNKED = "wkv_step", "wkv_chunked"
-"""What that op calls, by the names in its module: (r, k, v, log_w [B, T, H, N], u [H, N], state in place) -> out."""
+"""What that calls, by the names in its module: (r, k, v, log_w [B, T, H, N], u [H, N], state in place) -> out."""
 
 
 class FlaWkv(Backend):
@@ -36,14 +37,14 @@ class FlaWkv(Backend):
         if model.architecture.name != ARCHITECTURE:
             return f"put in place for {ARCHITECTURE} only"
         op: Any = model.architecture.ops.get(OP)
-        missing = [name for name in (STEP, CHUNKED) if name not in getattr(op, "__globals__", {})]
+        missing = [name for name in (PART, STEP, CHUNKED) if name not in getattr(op, "__globals__", {})]
         return f"{OP} calls no {', '.join(missing)} that could be replaced" if missing else None
 
     def forward(self, model: Model) -> Forward:
         from fla.ops.rwkv6 import chunk_rwkv6, fused_recurrent_rwkv6
 
         names = {STEP: in_place(fused_recurrent_rwkv6), CHUNKED: in_place(chunk_rwkv6)}
-        ops = {**model.architecture.ops, OP: calling(model.architecture.ops[OP], names)}
+        ops = {**model.architecture.ops, OP: with_recurrence(model.architecture.ops[OP], names)}
         return partial(model.architecture.forward, ops, model.weights)
 
 
@@ -57,6 +58,12 @@ def in_place(kernel: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Tens
         return out.float()
 
     return wkv
+
+
+def with_recurrence(op: Callable[..., Any], names: dict[str, Any]) -> Callable[..., Any]:
+    """The op with other meanings of the names that its part calls."""
+    part = op.__globals__[PART]  # type: ignore[attr-defined]
+    return calling(op, {PART: calling(part, names)})
 
 
 def calling(function: Callable[..., Any], names: dict[str, Any]) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ from benchmarks.ceilings import Ceilings
 from benchmarks.checkpoints import SIZES, make_checkpoint
 from benchmarks.contestants import PER_OP
 from benchmarks.entrants import entrants
-from benchmarks.fla import CHUNKED, OP, STEP, calling
+from benchmarks.fla import CHUNKED, OP, STEP, with_recurrence
 from benchmarks.kernels import decode_share, with_zeros
 from benchmarks.llama import gguf_tensors
 from benchmarks.package import PACKAGE, SWITCHES
@@ -260,7 +260,7 @@ def test_fla_is_put_where_the_layers_call_their_own_recurrence(plugins: Plugins)
         own = op.__globals__[name]  # type: ignore[attr-defined]
         return lambda *args: (called.append(name), own(*args))[1]
 
-    ops = {**architecture.ops, OP: calling(op, {name: watched(name) for name in (STEP, CHUNKED)})}
+    ops = {**architecture.ops, OP: with_recurrence(op, {name: watched(name) for name in (STEP, CHUNKED)})}
     for tokens, name in (([[1, 2, 3]], CHUNKED), ([[1]], STEP)):
         logits = architecture.forward(ops, model.weights, torch.tensor(tokens), model.new_state())
         expected = architecture.forward(architecture.ops, model.weights, torch.tensor(tokens), model.new_state())

@@ -79,7 +79,7 @@ def test_every_kernel_compiles_for_hopper_and_spills_next_to_nothing(
     quant: str | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Weights are read sixteen bytes at a time, eight where rows are in pieces."""
+    """Large matrices are read sixteen bytes at a time, eight where rows are in pieces."""
     from sm90 import SHARED, as_on_a_gpu, compiled
 
     family, tuning = import_module(FAMILIES[architecture.name]), Tuning()
@@ -99,7 +99,7 @@ def test_every_kernel_compiles_for_hopper_and_spills_next_to_nothing(
     assert names >= own[architecture.name] - ({"product_kernel"} if dtype == torch.float32 else set())
     assert [(kernel.name, kernel.spilled) for kernel in kernels if kernel.spilled > MORE.get(kernel.name, FEW)] == []
     assert [(kernel.name, kernel.shared) for kernel in kernels if kernel.shared > SHARED] == []
-    readers = {"shift_lora_kernel", "kvrg_kernel", "rkv_kernel", "add_kernel", "key_value_kernel", "head_kernel"}
+    readers = {"kvrg_kernel", "rkv_kernel", "add_kernel", "key_value_kernel", "head_kernel"}
     for kernel in kernels:
         if kernel.name in readers:
             assert ("v2.b32" if embd == 2560 else "v4.b32") in kernel.ptx, kernel.name

@@ -74,7 +74,7 @@ class Fused(Backend):
             short = family(beginning(model), tuning)
             for length in tuning.prompts:
                 logits = short(torch.zeros(1, length, dtype=torch.int64, device=model.device), model.new_state())
-            self._settle(logits)
+            self._settle(logits.float())  # as an engine keeps them
             return CapturedPrompts(forward, model, self._graphs, chunk_size(model.device))
         return forward
 

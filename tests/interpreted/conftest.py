@@ -59,5 +59,5 @@ def int8(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(params=[False, True], ids=["whole", "pieces"])
 def tuning(request: pytest.FixtureRequest) -> Tuning:
-    """Rows held as one piece and as two: 32 and 8 of 40 columns."""
-    return replace(TUNING, pieces_from=1) if request.param else TUNING
+    """Rows held as one piece and as two: 32 and 8 of 40 columns, with fewer sums at once."""
+    return replace(TUNING, pieces_from=1, together=2) if request.param else TUNING

@@ -14,12 +14,12 @@ from rwkv_layers.linear import Matrix
 WIDTHS = [3, 70]  # fewer rows than a tile has, and no whole number of tiles
 
 
-@pytest.mark.parametrize("programs", [2, 7, 100])
+@pytest.mark.parametrize(("programs", "key_rows", "key_ahead"), [(2, 16, 2), (7, 8, 2), (100, 4, 2), (2, 8, 4)])
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "alone"])
 @pytest.mark.parametrize("sign", [-1, 0, 1], ids=["all zero", "some zero", "none zero"])
 def test_channel_mixing_in_one(
-    dtype: torch.dtype, sign: int, gated: bool, int8: bool, width: int, programs: int
+    dtype: torch.dtype, sign: int, gated: bool, int8: bool, width: int, programs: int, key_rows: int, key_ahead: int
 ) -> None:
     """Whichever inputs of the value matrix are zero, with a receptance and without."""
     draw = Draw(dtype)
@@ -37,7 +37,8 @@ def test_channel_mixing_in_one(
     r = torch.sigmoid((e + dx * maa[1].double()) @ receptance_w.t()) if gated else 1.0
     twin = (x.double() + r * (k @ value_w.t())) * 0.5
     turned = Matrix(value.t().contiguous(), scale)
-    shift, tuning = maa if gated else (maa[0], None), replace(TUNING, programs=programs)
+    shift, tuning = maa if gated else (maa[0], None), TUNING
+    tuning = replace(tuning, programs=programs, key_rows=key_rows, key_ahead=key_ahead)
     channel_mixing(x, prev, norm, shift, key, receptance if gated else None, turned, 0.5, tuning)
     close(dtype, (x, twin))
     assert apart(prev, e) < (1e-6 if dtype == torch.float32 else 0.01)

@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from drawn import TUNING, B, C, D, Draw, R, V, close, normed, shifted, stored
+from helpers import apart
 from rwkv_backends.kernels import mixing, vector, wkv6
 from rwkv_backends.kernels.tuning import Tuning
+from rwkv_layers.linear import Matrix
 from torch import Tensor
 
 DECAYS = {"usual": (-3.0, 0.5), "strong": (2.0, 3.0), "dead": (5.0, 80.0), "weak": (-30.0, -10.0), "all": (-20.0, 6.0)}
@@ -78,6 +80,14 @@ def test_head(dtype: torch.dtype, int8: bool, tuning: Tuning) -> None:
     ours = vector.head(x, norm, matrix, tuning)
     assert ours.dtype == torch.float32
     close(dtype, (ours, normed(x, norm) @ w.t()))
+
+
+@pytest.mark.parametrize(("mean", "first"), [(100.0, 0.0), (0.0, 1000.0)])
+def test_the_norm_of_a_row_whose_mean_or_first_number_is_large(mean: float, first: float) -> None:
+    draw = Draw(torch.float32)
+    x, norm, w = draw(B, C) + mean, draw.norm(), draw.matrix(V, C)
+    x[:, 0] += first
+    assert apart(vector.head(x, norm, Matrix(w, None), TUNING), normed(x, norm) @ w.double().t()) < 1e-5
 
 
 def recurrence(kvrg: Tensor, w: Tensor, u: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:

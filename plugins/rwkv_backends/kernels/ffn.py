@@ -1,8 +1,8 @@
 """Channel mixing of the few rows of a decode step: both of its large matrices in one kernel, and a small one after it.
 
 A program that holds row f of the key matrix knows the input f of the value matrix, so it goes on to row f of that one,
-turned round, and skips it where the input is zero: its load is under way while the next rows of the key matrix are
-multiplied. Each program has a sum of its own of all C outputs; adding these up is the second kernel, since it takes
+turned round, and skips it where the input is zero: some rows of it are under way while the next ones of the key matrix
+are multiplied. Each program has a sum of its own of all C outputs; adding these up is the second kernel, since it takes
 many multiprocessors and here only those that come last would know that all sums are there.
 Annotations are real types, not strings: Triton reads them.
 """
@@ -10,6 +10,8 @@ Annotations are real types, not strings: Triton reads them.
 # Tuples grow by addition, since Triton does not unpack; mypy would have each keep its length.
 # ruff: noqa: RUF005
 # mypy: disable-error-code="assignment"
+
+import math
 
 import torch
 import triton
@@ -28,7 +30,9 @@ from rwkv_backends.kernels.rows import (
     opened,
     plus_product,
     store_row,
+    sums,
     times,
+    widened,
     zeros_like,
 )
 from rwkv_backends.kernels.tuning import Tuning
@@ -39,65 +43,97 @@ PART_COLS = 16
 
 
 @triton.jit
-def keys(x, w, w_ptr, scale_ptr, rows, end):
-    """relu(W x)^2 of a tile's rows, zero from row `end` on."""
+def keys(parts, scale_ptr, first, end):
+    """relu(W x)^2 of the rows of some tiles, whose `times` parts are: a [ROWS] each, zero from row `end` on."""
+    ROWS: tl.constexpr = parts[0].shape[0]
     if scale_ptr is not None:
+        rows = first + tl.arange(0, len(parts) * ROWS)
         scale = tl.load(scale_ptr + rows, mask=rows < end, other=0.0)
-    y = times(w, w_ptr, x)
+    y = sums(parts)
     if scale_ptr is not None:
         y *= scale
     y = tl.maximum(y, 0.0)
-    return y * y
+    y *= y
+    k = (y,)
+    for _ in tl.static_range(3):
+        if len(k) < len(parts):
+            halves = ()
+            for i in tl.static_range(len(k)):
+                halves = halves + tl.split(tl.trans(k[i].reshape(2, k[i].shape[0] // 2)))
+            k = halves
+    return k
 
 
 @triton.jit
-def plus_values(total, v, v_ptr, k):
+def wanted_values(v_ptr, k, first, cols, C: tl.constexpr, KEEP: tl.constexpr):
+    """Of V the rows from `first` on whose k is not zero, a tile for each of k."""
+    ROWS: tl.constexpr = k[0].shape[0]
+    v = ()
+    for i in tl.static_range(len(k)):
+        v = v + (load_rows(v_ptr, first + i * ROWS + tl.arange(0, ROWS), k[i] != 0.0, cols, C, KEEP),)
+    return v
+
+
+@triton.jit
+def plus_values(total, tiles, v_ptr, k):
     """total + V^T k, for a few rows of V as `load_rows` has them from v_ptr."""
-    y = ()
-    for i in tl.static_range(len(v)):
-        y = y + (total[i] + tl.sum(opened(v[i], v_ptr) * k[:, None], 0),)
-    return y
+    for j in tl.static_range(len(tiles)):
+        y = ()
+        for i in tl.static_range(len(total)):
+            y = y + (total[i] + tl.sum(opened(tiles[j][i], v_ptr) * k[j][:, None], 0),)
+        total = y
+    return total
 
 
 @triton.jit
 def key_value_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_k_ptr, maa_r_ptr, key_ptr, key_scale_ptr,
                      receptance_ptr, receptance_scale_ptr, value_ptr, normed_ptr, parts_ptr, r_ptr, F, KEYS,
                      C: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr,
-                     AHEAD: tl.constexpr, MORE: tl.constexpr, KEEP: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    """AHEAD tiles of keys are asked for at a time, an even number; MORE is of the receptance."""
+                     AHEAD: tl.constexpr, MORE: tl.constexpr, TOGETHER: tl.constexpr, GROUP: tl.constexpr,
+                     BEYOND: tl.constexpr, KEEP: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    """A GROUP of tiles of keys is one meeting, BEYOND which so many are asked for; AHEAD, MORE are the receptance's."""
     let_next_begin(OVERLAP)
     p, b = tl.program_id(0), tl.program_id(1)
     cols = columns(BLOCK, REST)
     if p < KEYS:
         begin, stop = share(p, KEYS, tl.cdiv(F, ROWS))
         end = tl.minimum(stop * ROWS, F)
-        rows = begin * ROWS + tl.arange(0, ROWS)
-        tiles = first_tiles(key_ptr, begin, stop, F, cols, C, ROWS, AHEAD, KEEP)
-        if OVERLAP:  # unconditionally: there is nothing else to do yet
-            v = load_rows(value_ptr, rows, rows < end, cols, C, KEEP)
+        first = begin * ROWS
+        tiles = first_tiles(key_ptr, begin, stop, F, cols, C, ROWS, GROUP + BEYOND, KEEP)
         weight, bias = load_row(weight_ptr, cols, C), load_row(bias_ptr, cols, C)
         maa, prev = load_row(maa_k_ptr, cols, C), load_row(prev_ptr + b * C, cols, C)
         wait_for_earlier(OVERLAP)
-        x = norm_of(x_ptr + b * C, weight, bias, cols, C)
+        x = norm_of(x_ptr + b * C, widened(weight, weight_ptr), widened(bias, bias_ptr), cols, C)
         if p == 0:
             store_row(normed_ptr + b * C, x, cols, C)
-        x = plus_product(x, minus(prev, x), maa)
-        k = keys(x, tiles[0], key_ptr, key_scale_ptr, rows, end)
-        tiles = tiles[1:] + (load_rows(key_ptr, rows + AHEAD * ROWS, rows + AHEAD * ROWS < end, cols, C, KEEP),)
-        if not OVERLAP:
-            v = load_rows(value_ptr, rows, k != 0.0, cols, C, KEEP)
+        x = plus_product(x, minus(widened(prev, prev_ptr), x), widened(maa, maa_k_ptr))
         total = zeros_like(x)
-        for _ in range(begin + 1, stop, AHEAD):  # as in `products`; two tiles of values take turns
-            later = ()
-            for j in tl.static_range(AHEAD):
-                rows += ROWS
-                k_next = keys(x, tiles[j], key_ptr, key_scale_ptr, rows, end)
-                later = later + (load_rows(key_ptr, rows + AHEAD * ROWS, rows + AHEAD * ROWS < end, cols, C, KEEP),)
-                v_next = load_rows(value_ptr, rows, k_next != 0.0, cols, C, KEEP)
-                total = plus_values(total, v, value_ptr, k)
-                v = v_next
-                k = k_next
-            tiles = later
+        TURN: tl.constexpr = max(BEYOND, GROUP)
+        opening = ()
+        for j in tl.static_range(GROUP):
+            opening = opening + (times(tiles[j], key_ptr, x),)
+        tiles = tiles[GROUP:]
+        k = keys(opening, key_scale_ptr, first, end)
+        v = wanted_values(value_ptr, k, first, cols, C, KEEP)
+        for _ in range(begin + GROUP, stop, TURN):  # as in `products`
+            parts = ()
+            for j in tl.static_range(TURN):
+                parts = parts + (times(tiles[0], key_ptr, x),)
+                rows = first + (GROUP + j + BEYOND) * ROWS + tl.arange(0, ROWS)
+                tiles = tiles[1:] + (load_rows(key_ptr, rows, rows < end, cols, C, KEEP),)
+                if len(parts) == GROUP:
+                    at = first + (j + 1) * ROWS
+                    k_next = keys(parts, key_scale_ptr, at, end)
+                    if TURN > GROUP:  # registers of two groups take turns
+                        v_next = wanted_values(value_ptr, k_next, at, cols, C, KEEP)
+                        total = plus_values(total, v, value_ptr, k)
+                        v = v_next
+                    else:
+                        total = plus_values(total, v, value_ptr, k)
+                        v = wanted_values(value_ptr, k_next, at, cols, C, KEEP)
+                    k = k_next
+                    parts = ()
+            first += TURN * ROWS
         total = plus_values(total, v, value_ptr, k)
         store_row(parts_ptr + (p * tl.num_programs(1) + b) * C, total, cols, C)
     elif receptance_ptr is not None:
@@ -106,11 +142,11 @@ def key_value_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_k_ptr, maa_r_ptr
         weight, bias = load_row(weight_ptr, cols, C), load_row(bias_ptr, cols, C)
         maa, prev = load_row(maa_r_ptr, cols, C), load_row(prev_ptr + b * C, cols, C)
         wait_for_earlier(OVERLAP)
-        x = norm_of(x_ptr + b * C, weight, bias, cols, C)
-        x = plus_product(x, minus(prev, x), maa)
+        x = norm_of(x_ptr + b * C, widened(weight, weight_ptr), widened(bias, bias_ptr), cols, C)
+        x = plus_product(x, minus(widened(prev, prev_ptr), x), widened(maa, maa_r_ptr))
         r_at = r_ptr + b * C
         products(x, others, receptance_ptr, receptance_scale_ptr, 0, r_at, begin, stop, C, cols, C, ROWS,
-                 MORE, "sigmoid", KEEP)  # fmt: skip
+                 MORE, "sigmoid", TOGETHER, KEEP)  # fmt: skip
 
 
 @triton.jit
@@ -149,14 +185,15 @@ def channel_mixing(
     """
     (B, C), F = x.shape, key.weight.shape[0]
     held = Rows(C, F, tuning)
-    ahead = held.ahead_normed()
-    keys, others = _programs(held, receptance is not None)
+    group = max(1, tuning.key_rows // held.tile_rows())
+    ahead = group + tuning.key_ahead  # with a layer norm beside them
+    keys, others = _programs(held, group, receptance is not None)
     normed, full = torch.empty_like(x), torch.float32
     parts = x.new_empty(keys, B, C, dtype=full)
     r = None if receptance is None else x.new_empty(B, C, dtype=full)
     key_value_kernel[keys + others, B](
         x, prev, *norm, *maa, *key, *(receptance or (None, None)), value.weight, normed, parts, r, F, keys,
-        **held.options(x, ahead, (C, max(1, others))) | {"AHEAD": ahead},
+        **held.options(x, ahead, (C, max(1, others))) | {"GROUP": group, "BEYOND": tuning.key_ahead},
     )  # fmt: skip
     wide = triton.next_power_of_2(keys)
     parts_kernel[triton.cdiv(C, PART_COLS), B](
@@ -165,11 +202,22 @@ def channel_mixing(
     )  # fmt: skip
 
 
-def _programs(held: Rows, gated: bool) -> tuple[int, int]:
-    """For the keys, all with the same number of tiles, and for the receptance. A quarter of the values is expected."""
-    C, F, rows = held.C, held.total, held.tile_rows()
-    held = held._replace(total=F + F // 4 + (C if gated else 0))
+def _programs(held: Rows, group: int, gated: bool) -> tuple[int, int]:
+    """For the keys, each with so many groups of tiles, and for the receptance; half of the values are expected.
+
+    Of the two numbers of groups next to an even share the one with which the longest share is shorter.
+    """
+    C, F, rows, room = held.C, held.total, held.tile_rows(), held.room()
     tiles = triton.cdiv(F, rows)
-    each = max(1, round(tiles / held.programs(F + F // 4)))
-    keys = triton.cdiv(tiles, each)
-    return keys, max(1, min(triton.cdiv(C, rows), held.room() - keys)) if gated else 0
+    even = tiles * (1 + (C / (F * 1.5) if gated else 0)) / room / group
+
+    def split(groups: int) -> tuple[int, int]:
+        keys = triton.cdiv(tiles, groups * group)
+        return keys, max(1, min(triton.cdiv(C, rows), room - keys)) if gated else 0
+
+    def longest(groups: int) -> float:
+        keys, others = split(groups)
+        return max(groups * group * rows * 1.5, C / others if gated else 0) if keys + others <= room else math.inf
+
+    fewest = max(1, int(even))
+    return split(min(fewest, fewest + 1, key=longest))

@@ -34,10 +34,13 @@ def columns(BLOCK: tl.constexpr, REST: tl.constexpr):
 
 @triton.jit
 def load_row(ptr, cols, C: tl.constexpr):
-    """As it is stored: what waits in registers should be small."""
+    """As it is stored, for `widened`, smaller numbers as whole words of 32 bits: what waits should be small."""
+    PACK: tl.constexpr = 32 // ptr.dtype.element_ty.primitive_bitwidth
+    words = ptr.to(tl.pointer_type(tl.int32), bitcast=True) if PACK > 1 else ptr
     row = ()
     for i in tl.static_range(len(cols)):
-        row = row + (tl.load(ptr + cols[i], mask=cols[i] < C, other=0.0),)
+        word = (i * cols[0].shape[0]) // PACK + tl.arange(0, cols[i].shape[0] // PACK)
+        row = row + (tl.load(words + word, mask=word < C // PACK, other=0),)
     return row
 
 
@@ -60,7 +63,7 @@ def load_rows(ptr, rows, wanted, cols, C: tl.constexpr, KEEP: tl.constexpr):
 
 @triton.jit
 def opened(words, ptr):
-    """The numbers of a piece of a tile that `load_rows` has loaded from ptr: float32."""
+    """The numbers of a piece that `load_row` or `load_rows` has loaded from ptr: float32."""
     TYPE: tl.constexpr = ptr.dtype.element_ty
     if TYPE.primitive_bitwidth == 8:
         even = tl.join(words << 24, words << 8) >> 24
@@ -72,6 +75,8 @@ def opened(words, ptr):
         odd = (words >> 16).to(tl.int16).to(TYPE, bitcast=True)
     if TYPE.primitive_bitwidth == 32:
         y = words
+    elif len(words.shape) == 1:
+        y = tl.join(even, odd).reshape(words.shape[0] * (32 // TYPE.primitive_bitwidth))
     else:
         y = tl.join(even, odd).reshape(words.shape[0], words.shape[1] * (32 // TYPE.primitive_bitwidth))
     return y.to(tl.float32)
@@ -84,10 +89,11 @@ def store_row(ptr, row, cols, C: tl.constexpr):
 
 
 @triton.jit
-def widened(row):
+def widened(row, ptr):
+    """The numbers of a row that `load_row` has loaded from ptr."""
     wide = ()
     for i in tl.static_range(len(row)):
-        wide = wide + (row[i].to(tl.float32),)
+        wide = wide + (opened(row[i], ptr),)
     return wide
 
 
@@ -95,7 +101,7 @@ def widened(row):
 def minus(a, b):
     left = ()
     for i in tl.static_range(len(a)):
-        left = left + (a[i].to(tl.float32) - b[i],)
+        left = left + (a[i] - b[i],)
     return left
 
 
@@ -112,42 +118,68 @@ def plus_product(x, a, b):
     """x + a b"""
     y = ()
     for i in tl.static_range(len(x)):
-        y = y + (x[i] + a[i] * b[i].to(tl.float32),)
+        y = y + (x[i] + a[i] * b[i],)
     return y
 
 
 @triton.jit
 def times(w, ptr, x):
-    """W x, for a few rows of W as `load_rows` has them from ptr."""
-    parts = ()
-    for i in tl.static_range(len(x)):
-        parts = parts + (opened(w[i], ptr) * x[i][None, :],)
-    return total(parts, 1)
+    """W x, for a few rows of W as `load_rows` has them from ptr, before threads meet: [ROWS, BLOCK], for `sums`."""
+    y = opened(w[0], ptr) * x[0][None, :]
+    for i in tl.static_range(1, len(x)):
+        y += opened(w[i], ptr) * x[i][None, :]
+    return tl.sum(y.reshape(y.shape[0], y.shape[1] // 4, 4), 2)
 
 
 @triton.jit
-def total(row, AXIS: tl.constexpr):
-    """Pieces are added up first: that takes no thread's waiting for another."""
+def sums(parts):
+    """Of each row of up to eight tiles [ROWS, BLOCK], one tile after another, for all of which threads meet once.
+
+    [N * ROWS], N tiles being the next power of two, and zero those that there are not.
+    """
+    ROWS: tl.constexpr = parts[0].shape[0]
+    for _ in tl.static_range(triton.next_power_of_2(len(parts)) - len(parts)):
+        parts = parts + (tl.zeros_like(parts[0]),)
+    COUNT: tl.constexpr = len(parts) * ROWS
+    for _ in tl.static_range(3):
+        if len(parts) > 1:
+            joined = ()
+            for i in tl.static_range(len(parts) // 2):  # the bits of a tile's number, from the highest on
+                joined = joined + (tl.join(parts[i], parts[i + len(parts) // 2]),)
+            parts = joined
+    y = tl.sum(parts[0], 1)
+    return (y if ROWS == 1 else tl.trans(y.reshape(ROWS, COUNT // ROWS))).reshape(COUNT)
+
+
+@triton.jit
+def total(row):
+    """Of its pieces: that takes no thread's waiting for another."""
     y = row[0]
     for i in tl.static_range(1, len(row)):
         y += row[i]
-    return tl.sum(y, AXIS)
+    return y
 
 
 @triton.jit
 def norm_of(x_ptr, weight, bias, cols, C: tl.constexpr):
-    """Layer norm of the row at x_ptr, float32, rounded as the model keeps it: the state holds the same."""
-    x = widened(load_row(x_ptr, cols, C))
-    mean = total(x, 0) / C
+    """Layer norm of the row at x_ptr, float32, rounded as the model keeps it: the state holds the same.
+
+    Threads meet once, for the sums of what each number is apart from the first one, and of its square. What is lost by
+    the difference of these is at most C times what float32 rounds away.
+    """
+    first = tl.load(x_ptr).to(tl.float32)
+    x = widened(load_row(x_ptr, cols, C), x_ptr)
     apart = ()
     squares = ()
     for i in tl.static_range(len(cols)):
-        apart = apart + (tl.where(cols[i] < C, x[i] - mean, 0.0),)
+        apart = apart + (tl.where(cols[i] < C, x[i] - first, 0.0),)
         squares = squares + (apart[i] * apart[i],)
-    scale = tl.rsqrt(total(squares, 0) / C + 1e-5)
+    mean, square = tl.split(tl.sum(tl.join(total(apart), total(squares)), 0) / C)
+    scale = tl.rsqrt(tl.maximum(square - mean * mean, 0.0) + 1e-5)
+    offset = mean * scale
     y = ()
     for i in tl.static_range(len(cols)):
-        normed = apart[i] * scale * weight[i].to(tl.float32) + bias[i].to(tl.float32)
+        normed = (apart[i] * scale - offset) * weight[i] + bias[i]
         y = y + (normed.to(x_ptr.dtype.element_ty).to(tl.float32),)
     return y
 
@@ -194,10 +226,16 @@ class Rows(NamedTuple):
         """The same where it holds what a layer norm needs as well."""
         return max(NORMED, NORMED * self.tuning.tile_rows // self.tile_rows())
 
-    def options(self, like: Tensor, ahead: int, *shares: tuple[int, int]) -> dict[str, Any]:
+    def lean_registers(self, ahead: int) -> int:
+        """Of a thread, for so many tiles of 16 bits, the vector and `spare` others."""
+        cols = sum(self.pieces()) // (32 * self.warps())
+        held = cols + ahead * self.tile_rows() * cols // 2
+        return min(128, (held + self.tuning.spare + 7) // 8 * 8)
+
+    def options(self, like: Tensor, ahead: int, *shares: tuple[int, int], lean: bool = False) -> dict[str, Any]:
         """For a vector like this one, where a program asks for so many tiles at a time; shares are rows and programs.
 
-        Its turns are all of one length.
+        Its turns are all of one length. A lean one holds nothing else but the vector, and leaves registers to others.
         """
         block, rest = self.pieces()
         most = max(triton.cdiv(triton.cdiv(rows, self.tile_rows()), programs) for rows, programs in shares)
@@ -205,7 +243,9 @@ class Rows(NamedTuple):
         tiles = {"ROWS": self.tile_rows(), "AHEAD": triton.cdiv(most, turns), "MORE": turns > 1}
         # Left to itself, ptxas stops at 80 registers in some of the kernels and spills. With more than 128, a
         # multiprocessor has no room for four programs of four warps, or two of eight.
-        registers = {"maxnreg": 128 if like.element_size() < 4 else 255} if self.tuning.overlap else {}
+        limit = self.lean_registers(tiles["AHEAD"]) if lean else 128
+        registers = {"maxnreg": limit if like.element_size() < 4 else 255} if self.tuning.overlap else {}
         sizes: dict[str, Any] = {"C": self.C, "BLOCK": block, "REST": rest, "num_warps": self.warps()}
         sizes["KEEP"] = "evict_first" if like.shape[-2] == 1 else ""
+        sizes["TOGETHER"] = self.tuning.together
         return {**sizes, **tiles, **registers, **self.tuning.launch}

@@ -32,6 +32,15 @@ class Tuning:
     ahead: int = 5
     """Such tiles that a program asks for at a time, before the kernel ahead of it has ended, where it has nothing else
     to hold but a vector."""
+    together: int = 8
+    """Tiles whose sums are one meeting of a program's threads: 1, 2, 4 or 8."""
+    key_rows: int = 4
+    """Rows of the key matrix whose sums are one meeting, and whose rows of the value matrix are asked for at once."""
+    key_ahead: int = 2
+    """Tiles of the key matrix that are asked for beyond these."""
+    spare: int = 26
+    """Registers of a thread beside a vector and tiles, where it holds nothing else and kernels overlap: what is left is
+    for the next kernels' programs, which ask for their first weights meanwhile. At 128 there is no such limit."""
     pieces_from: int = 2049
     """Rows of so many columns, or more, are held as pieces where that leaves fewer threads idle (`rows.py`). From 2560
     on it is a gain; fewer, in programs of four warps at most, of which more find room, were not measured."""

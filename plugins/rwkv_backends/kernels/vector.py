@@ -27,6 +27,7 @@ from rwkv_backends.kernels.rows import (
     norm_of,
     plus_product,
     store_row,
+    sums,
     times,
     widened,
 )
@@ -46,54 +47,69 @@ def first_tiles(w_ptr, begin, stop, D, cols, C: tl.constexpr, ROWS: tl.constexpr
 
 
 @triton.jit
-def product(x, w, w_ptr, scale_ptr, scale_at, out_ptr, rows, end, THEN: tl.constexpr):
-    """out[d] = THEN(W[d] x) for the rows of one tile, as far as `end`.
+def finish(parts, scale_ptr, scale_at, out_ptr, first, end, THEN: tl.constexpr):
+    """out[d] = THEN(sum of row d), for the rows of some tiles' products, `first` and those after it as far as `end`.
 
     scale_ptr is None where the matrix is dense; otherwise row d is to be multiplied by what is at scale_at + d. What is
     multiplied or added is asked for first, or it would be one more thing to wait for.
     """
+    rows = first + tl.arange(0, triton.next_power_of_2(len(parts)) * parts[0].shape[0])
+    mask = rows < tl.minimum(end, first + len(parts) * parts[0].shape[0])
     if scale_ptr is not None:
-        scale = tl.load(scale_ptr + scale_at + rows, mask=rows < end, other=0.0)
+        scale = tl.load(scale_ptr + scale_at + rows, mask=mask, other=0.0)
     if THEN == "add":
-        before = tl.load(out_ptr + rows, mask=rows < end, other=0.0)
-    y = times(w, w_ptr, x)
+        before = tl.load(out_ptr + rows, mask=mask, other=0.0)
+    y = sums(parts)
     if scale_ptr is not None:
         y *= scale
     if THEN == "sigmoid":
         y = tl.sigmoid(y)
     if THEN == "add":
         y += before.to(tl.float32)
-    store(out_ptr + rows, y, rows < end)
+    store(out_ptr + rows, y, mask)
 
 
 @triton.jit
 def products(x, tiles, w_ptr, scale_ptr, scale_at, out_ptr, begin, stop, D, cols, C: tl.constexpr,
-             ROWS: tl.constexpr, MORE: tl.constexpr, THEN: tl.constexpr, KEEP: tl.constexpr):  # fmt: skip
-    """`product` for the tiles from `begin` to `stop`, of which `tiles` are the first; there are no others without MORE.
+             ROWS: tl.constexpr, MORE: tl.constexpr, THEN: tl.constexpr, TOGETHER: tl.constexpr,
+             KEEP: tl.constexpr):  # fmt: skip
+    """out[d] = THEN(W[d] x) for the tiles from `begin` to `stop`, of which `tiles` are the first and without MORE all.
 
     A tile's registers go to the one that is as many further on. To pass tiles on from name to name instead would move
-    registers, and a register can only be moved once its load is done.
+    registers, and a register can only be moved once its load is done. The sums of TOGETHER tiles are one meeting of
+    threads.
     """
     end = tl.minimum(stop * ROWS, D)
-    rows = begin * ROWS + tl.arange(0, ROWS)
+    first = begin * ROWS
     if MORE:
         for _ in range(begin, stop, len(tiles)):
             later = ()
+            parts = ()
             for j in tl.static_range(len(tiles)):
-                product(x, tiles[j], w_ptr, scale_ptr, scale_at, out_ptr, rows, end, THEN)
-                next_rows = rows + len(tiles) * ROWS
-                later = later + (load_rows(w_ptr, next_rows, next_rows < end, cols, C, KEEP),)
-                rows += ROWS
+                parts = parts + (times(tiles[j], w_ptr, x),)
+                rows = first + (len(tiles) + j) * ROWS + tl.arange(0, ROWS)
+                later = later + (load_rows(w_ptr, rows, rows < end, cols, C, KEEP),)
+                if len(parts) == TOGETHER or j + 1 == len(tiles):
+                    finish(parts, scale_ptr, scale_at, out_ptr, first + (j + 1 - len(parts)) * ROWS, end, THEN)
+                    parts = ()
+                else:
+                    tl.debug_barrier()  # or ptxas would mingle tiles and wait for the last before asking for the next
+            first += len(tiles) * ROWS
             tiles = later
     else:
+        parts = ()
         for j in tl.static_range(len(tiles)):
-            product(x, tiles[j], w_ptr, scale_ptr, scale_at, out_ptr, rows + j * ROWS, end, THEN)
+            parts = parts + (times(tiles[j], w_ptr, x),)
+            if len(parts) == TOGETHER or j + 1 == len(tiles):
+                finish(parts, scale_ptr, scale_at, out_ptr, first + (j + 1 - len(parts)) * ROWS, end, THEN)
+                parts = ()
 
 
 @triton.jit
 def shift_lora_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_ptr, w_ptr, normed_ptr, dx_ptr, out_ptr,
                       D, C: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr,
-                      AHEAD: tl.constexpr, MORE: tl.constexpr, KEEP: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                      AHEAD: tl.constexpr, MORE: tl.constexpr, TOGETHER: tl.constexpr, KEEP: tl.constexpr,
+                      OVERLAP: tl.constexpr):  # fmt: skip
     let_next_begin(OVERLAP)
     b = tl.program_id(1)
     begin, stop = share(tl.program_id(0), tl.num_programs(0), tl.cdiv(D, ROWS))
@@ -102,13 +118,13 @@ def shift_lora_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, maa_ptr, w_ptr, nor
     weight, bias = load_row(weight_ptr, cols, C), load_row(bias_ptr, cols, C)
     maa, prev = load_row(maa_ptr, cols, C), load_row(prev_ptr + b * C, cols, C)
     wait_for_earlier(OVERLAP)
-    x = norm_of(x_ptr + b * C, weight, bias, cols, C)
-    dx = minus(prev, x)
+    x = norm_of(x_ptr + b * C, widened(weight, weight_ptr), widened(bias, bias_ptr), cols, C)
+    dx = minus(widened(prev, prev_ptr), x)
     if tl.program_id(0) == 0:
         store_row(normed_ptr + b * C, x, cols, C)
         store_row(dx_ptr + b * C, dx, cols, C)
-    x = plus_product(x, dx, maa)
-    products(x, tiles, w_ptr, None, 0, out_ptr + b * D, begin, stop, D, cols, C, ROWS, MORE, "", KEEP)
+    x = plus_product(x, dx, widened(maa, maa_ptr))
+    products(x, tiles, w_ptr, None, 0, out_ptr + b * D, begin, stop, D, cols, C, ROWS, MORE, "", TOGETHER, KEEP)
 
 
 @triton.jit
@@ -124,8 +140,10 @@ def lerp_kernel(lora_ptr, normed_ptr, dx_ptr, w_ptr, out_ptr, prev_ptr, B, R: tl
     w = tl.load(w_ptr + rank[:, None] * C + cols[None, :], mask=w_mask, other=0.0).to(tl.float32)
     maa = load_vector(w_ptr + R * C, cols, mask)
     wait_for_earlier(OVERLAP)
+    # Volatile, so that ptxas does not put them off until the sum is known, for another wait.
+    x = tl.load(normed_ptr + b * C + cols, mask=mask, other=0.0, volatile=True).to(tl.float32)
+    dx = tl.load(dx_ptr + b * C + cols, mask=mask, other=0.0, volatile=True).to(tl.float32)
     low = tanh(load_vector(lora_ptr + (b * 5 + i) * R, rank, rank < R))
-    x, dx = load_vector(normed_ptr + b * C, cols, mask), load_vector(dx_ptr + b * C, cols, mask)
     store(out_ptr + (i * B + b) * C + cols, x + dx * (tl.sum(low[:, None] * w, 0) + maa), mask)
     if i == 0:
         store(prev_ptr + b * C + cols, x, mask)
@@ -134,7 +152,7 @@ def lerp_kernel(lora_ptr, normed_ptr, dx_ptr, w_ptr, out_ptr, prev_ptr, B, R: tl
 @triton.jit
 def kvrg_kernel(mixed_ptr, kvrg_ptr, scale_ptr, low_ptr, kvrg_out, low_out, B, D, PER, C: tl.constexpr,
                 BLOCK: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr, MORE: tl.constexpr,
-                KEEP: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                TOGETHER: tl.constexpr, KEEP: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     let_next_begin(OVERLAP)
     b = tl.program_id(1)
     part = tl.program_id(0) // PER  # of k, v, r, g, then the decay's adapter
@@ -144,35 +162,35 @@ def kvrg_kernel(mixed_ptr, kvrg_ptr, scale_ptr, low_ptr, kvrg_out, low_out, B, D
         begin, stop = share(tl.program_id(0) - part * PER, PER, tl.cdiv(C, ROWS))
         tiles = first_tiles(w_ptr, begin, stop, C, cols, C, ROWS, AHEAD, KEEP)
         wait_for_earlier(OVERLAP)
-        x = widened(load_row(mixed_ptr + ((part + 1) * B + b) * C, cols, C))
+        x = widened(load_row(mixed_ptr + ((part + 1) * B + b) * C, cols, C), mixed_ptr)
         out_ptr = kvrg_out + (part * B + b) * C
-        products(x, tiles, w_ptr, scale_ptr, part * C, out_ptr, begin, stop, C, cols, C, ROWS, MORE, "", KEEP)
+        products(x, tiles, w_ptr, scale_ptr, part * C, out_ptr, begin, stop, C, cols, C, ROWS, MORE, "", TOGETHER, KEEP)
     else:
         begin, stop = share(tl.program_id(0) - 4 * PER, tl.num_programs(0) - 4 * PER, tl.cdiv(D, ROWS))
         low = first_tiles(low_ptr, begin, stop, D, cols, C, ROWS, AHEAD, KEEP)
         wait_for_earlier(OVERLAP)
-        x = widened(load_row(mixed_ptr + b * C, cols, C))
-        products(x, low, low_ptr, None, 0, low_out + b * D, begin, stop, D, cols, C, ROWS, MORE, "", KEEP)
+        x = widened(load_row(mixed_ptr + b * C, cols, C), mixed_ptr)
+        products(x, low, low_ptr, None, 0, low_out + b * D, begin, stop, D, cols, C, ROWS, MORE, "", TOGETHER, KEEP)
 
 
 @triton.jit
 def add_kernel(y_ptr, w_ptr, scale_ptr, x_ptr, C: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
-               ROWS: tl.constexpr, AHEAD: tl.constexpr, MORE: tl.constexpr, KEEP: tl.constexpr,
-               OVERLAP: tl.constexpr):  # fmt: skip
+               ROWS: tl.constexpr, AHEAD: tl.constexpr, MORE: tl.constexpr, TOGETHER: tl.constexpr,
+               KEEP: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     let_next_begin(OVERLAP)
     b = tl.program_id(1)
     begin, stop = share(tl.program_id(0), tl.num_programs(0), tl.cdiv(C, ROWS))
     cols = columns(BLOCK, REST)
     tiles = first_tiles(w_ptr, begin, stop, C, cols, C, ROWS, AHEAD, KEEP)
     wait_for_earlier(OVERLAP)
-    y = widened(load_row(y_ptr + b * C, cols, C))
-    products(y, tiles, w_ptr, scale_ptr, 0, x_ptr + b * C, begin, stop, C, cols, C, ROWS, MORE, "add", KEEP)
+    y = widened(load_row(y_ptr + b * C, cols, C), y_ptr)
+    products(y, tiles, w_ptr, scale_ptr, 0, x_ptr + b * C, begin, stop, C, cols, C, ROWS, MORE, "add", TOGETHER, KEEP)
 
 
 @triton.jit
 def head_kernel(x_ptr, weight_ptr, bias_ptr, w_ptr, scale_ptr, out_ptr, V, C: tl.constexpr, BLOCK: tl.constexpr,
                 REST: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr, MORE: tl.constexpr,
-                KEEP: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                TOGETHER: tl.constexpr, KEEP: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     let_next_begin(OVERLAP)
     b = tl.program_id(1)
     begin, stop = share(tl.program_id(0), tl.num_programs(0), tl.cdiv(V, ROWS))
@@ -180,9 +198,9 @@ def head_kernel(x_ptr, weight_ptr, bias_ptr, w_ptr, scale_ptr, out_ptr, V, C: tl
     tiles = first_tiles(w_ptr, begin, stop, V, cols, C, ROWS, AHEAD, KEEP)
     weight, bias = load_row(weight_ptr, cols, C), load_row(bias_ptr, cols, C)
     wait_for_earlier(OVERLAP)
-    x = norm_of(x_ptr + b * C, weight, bias, cols, C)
+    x = norm_of(x_ptr + b * C, widened(weight, weight_ptr), widened(bias, bias_ptr), cols, C)
     out_at = out_ptr + b.to(tl.int64) * V
-    products(x, tiles, w_ptr, scale_ptr, 0, out_at, begin, stop, V, cols, C, ROWS, MORE, "", KEEP)
+    products(x, tiles, w_ptr, scale_ptr, 0, out_at, begin, stop, V, cols, C, ROWS, MORE, "", TOGETHER, KEEP)
 
 
 def shift_lora(
@@ -194,6 +212,7 @@ def shift_lora(
     rows = Rows(C, D, tuning)
     programs = rows.programs(D)
     options = rows.options(x, rows.ahead_normed(), (D, programs))
+    options["num_warps"] = min(8, 2 * options["num_warps"])  # the norm is what takes time, not a tile or two
     shift_lora_kernel[programs, B](x, prev, *norm, maa, w, normed, dx, out, D, **options)
     return normed, dx, out
 
@@ -202,9 +221,9 @@ def lerps(lora: Tensor, normed: Tensor, dx: Tensor, w: Tensor, prev: Tensor, tun
     """`mixing.lerps` for one token of each row: lora [B, 5R], w [5, R + 1, C], its last row maa -> [5, B, C]."""
     (B, C), R = normed.shape, w.shape[1] - 1
     out = normed.new_empty(5, B, C)
-    rank, cols = triton.next_power_of_2(R), min(tuning.lerp_cols, triton.next_power_of_2(C))
+    rank, cols = triton.next_power_of_2(R), min(32, triton.next_power_of_2(C))
     grid = (triton.cdiv(C, cols), 5, B)
-    lerp_kernel[grid](lora, normed, dx, w, out, prev, B, R, C, rank, cols, num_warps=2, **tuning.launch)
+    lerp_kernel[grid](lora, normed, dx, w, out, prev, B, R, C, rank, cols, num_warps=1, **tuning.launch)
     return out
 
 
@@ -215,7 +234,7 @@ def kvrg(mixed: Tensor, w: Matrix, low: Tensor, tuning: Tuning) -> tuple[Tensor,
     rows = Rows(C, 4 * C + D, tuning)
     per = rows.programs(C)
     others = max(1, min(triton.cdiv(D, rows.tile_rows()), rows.room() - 4 * per))  # all run at once
-    options = rows.options(mixed, rows.ahead(), (C, per), (D, others))
+    options = rows.options(mixed, rows.ahead(), (C, per), (D, others), lean=True)
     kvrg_kernel[4 * per + others, B](mixed, *w, low, out, low_out, B, D, per, **options)
     return out, low_out
 
@@ -225,7 +244,8 @@ def add_product(y: Tensor, w: Matrix, x: Tensor, tuning: Tuning) -> None:
     B, C = x.shape
     rows = Rows(C, C, tuning)
     programs = rows.programs(C)
-    add_kernel[programs, B](y, *w, x, **rows.options(x, rows.ahead(), (C, programs)))
+    options = rows.options(x, rows.ahead(), (C, programs), lean=True)
+    add_kernel[programs, B](y, *w, x, **options)
 
 
 def head(x: Tensor, norm: tuple[Tensor, Tensor], w: Matrix, tuning: Tuning) -> Tensor:

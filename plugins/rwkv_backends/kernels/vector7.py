@@ -11,24 +11,25 @@ from torch import Tensor
 
 from rwkv_backends.kernels.adapters7 import Adapters
 from rwkv_backends.kernels.device import let_next_begin, share, wait_for_earlier
-from rwkv_backends.kernels.rows import Rows, columns, load_row, minus, norm_of, plus_product, store_row
+from rwkv_backends.kernels.rows import Rows, columns, load_row, minus, norm_of, plus_product, store_row, widened
 from rwkv_backends.kernels.tuning import Tuning
 from rwkv_backends.kernels.vector import first_tiles, products
 
 
 @triton.jit
-def mixed_row(x_ptr, weight, bias, prev, mu, normed_ptr, cols, keep, C: tl.constexpr):
+def mixed_row(x_ptr, weight, weight_ptr, bias, bias_ptr, prev, prev_ptr, mu, mu_ptr, normed_ptr, cols, keep,
+              C: tl.constexpr):  # fmt: skip
     """The norm of a row, moved towards what the token before left; the first program keeps the former."""
-    x = norm_of(x_ptr, weight, bias, cols, C)
+    x = norm_of(x_ptr, widened(weight, weight_ptr), widened(bias, bias_ptr), cols, C)
     if keep:
         store_row(normed_ptr, x, cols, C)
-    return plus_product(x, minus(prev, x), mu)
+    return plus_product(x, minus(widened(prev, prev_ptr), x), widened(mu, mu_ptr))
 
 
 @triton.jit
 def rkv_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, mu_ptr, w_ptr, scale_ptr, down_ptr, tiles_ptr, normed_ptr,
                rkv_ptr, low_ptr, B, D, RANK, PER, C: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
-               ROWS: tl.constexpr, AHEAD: tl.constexpr, MORE: tl.constexpr, KEEP: tl.constexpr,
+               ROWS: tl.constexpr, AHEAD: tl.constexpr, MORE: tl.constexpr, TOGETHER: tl.constexpr, KEEP: tl.constexpr,
                OVERLAP: tl.constexpr):  # fmt: skip
     let_next_begin(OVERLAP)
     b = tl.program_id(1)
@@ -46,16 +47,16 @@ def rkv_kernel(x_ptr, prev_ptr, weight_ptr, bias_ptr, mu_ptr, w_ptr, scale_ptr, 
         tiles = first_tiles(w_ptr, begin, stop, C, cols, C, ROWS, AHEAD, KEEP)
         mu = load_row(mu_ptr + part * C, cols, C)
         wait_for_earlier(OVERLAP)
-        x = mixed_row(x_at, weight, bias, prev, mu, normed_at, cols, keep, C)
+        x = mixed_row(x_at, weight, weight_ptr, bias, bias_ptr, prev, prev_ptr, mu, mu_ptr, normed_at, cols, keep, C)
         out = rkv_ptr + (part * B + b) * C
-        products(x, tiles, w_ptr, scale_ptr, 0, out, begin, stop, C, cols, C, ROWS, MORE, "", KEEP)
+        products(x, tiles, w_ptr, scale_ptr, 0, out, begin, stop, C, cols, C, ROWS, MORE, "", TOGETHER, KEEP)
     else:
         q = tl.load(tiles_ptr + tl.program_id(0) - 3 * PER)
         down = first_tiles(down_ptr, q, q + 1, D, cols, C, ROWS, 1, KEEP)
         mu = load_row(mu_ptr + (6 - D // RANK + q * ROWS // RANK) * C, cols, C)
         wait_for_earlier(OVERLAP)
-        x = mixed_row(x_at, weight, bias, prev, mu, normed_at, cols, keep, C)
-        products(x, down, down_ptr, None, 0, low_ptr + b * D, q, q + 1, D, cols, C, ROWS, False, "", KEEP)
+        x = mixed_row(x_at, weight, weight_ptr, bias, bias_ptr, prev, prev_ptr, mu, mu_ptr, normed_at, cols, keep, C)
+        products(x, down, down_ptr, None, 0, low_ptr + b * D, q, q + 1, D, cols, C, ROWS, False, "", TOGETHER, KEEP)
 
 
 def rkv(

@@ -10,6 +10,9 @@ from torch import Tensor
 from rwkv_backends.kernels.device import let_next_begin, load_vector, store, store_state, tanh, wait_for_earlier
 from rwkv_backends.kernels.tuning import Tuning
 
+FEW_WARPS, MANY_WARPS = 8, 4
+"""Of a program: of few rows what counts is when the last one is done, of many how much of the state is on its way."""
+
 
 @triton.jit
 def wkv_kernel(kvrg_ptr, low_ptr, w_ptr, decay_ptr, u_ptr, weight_ptr, bias_ptr, kv_ptr, out_ptr, B, D, H,
@@ -62,5 +65,8 @@ def wkv(
     D = w.shape[1]
     out = like.new_empty(B, C)
     rank = triton.next_power_of_2(D)
-    wkv_kernel[H, B](kvrg, low, w, decay, u, *norm, kv, out, B, D, H, N, rank, **tuning.launch)
+    wkv_kernel[H, B](
+        kvrg, low, w, decay, u, *norm, kv, out, B, D, H, N, rank,
+        num_warps=FEW_WARPS if B <= tuning.vector_rows else MANY_WARPS, **tuning.launch,
+    )  # fmt: skip
     return out
