@@ -67,6 +67,6 @@ def wkv(
     rank = triton.next_power_of_2(D)
     wkv_kernel[H, B](
         kvrg, low, w, decay, u, *norm, kv, out, B, D, H, N, rank,
-        num_warps=FEW_WARPS if B <= tuning.vector_rows else MANY_WARPS, **tuning.launch,
+        num_warps=FEW_WARPS if tuning.vector_rows >= B else MANY_WARPS, **tuning.launch,
     )  # fmt: skip
     return out
