@@ -71,7 +71,7 @@ class Compile(Backend):
 
 @contextlib.contextmanager
 def _unheard_warnings() -> Iterator[None]:
-    """Inside, what torch merely warns of is kept from the user, who can do nothing about it.
+    """Inside, what torch logs and warns of is kept from the user: what fails is raised as well, and told in a line.
 
     TORCH_LOGS, torch's own way to ask for more, brings all of it back.
     """
@@ -80,7 +80,7 @@ def _unheard_warnings() -> Iterator[None]:
         return
     torch_logger = logging.getLogger("torch")
     level = torch_logger.level
-    torch_logger.setLevel(logging.ERROR)
+    torch_logger.setLevel(logging.CRITICAL + 1)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
