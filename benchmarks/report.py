@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from itertools import groupby
@@ -93,7 +94,8 @@ def name(info: Record) -> str:
 
 
 def slug(info: Record) -> str:
-    return "gpu" if "gpu" in info else "cpu"
+    """What names of plots begin with: cpu, or a GPU's name."""
+    return re.sub(r"[^a-z0-9]+", "-", str(info.get("gpu", "cpu")).lower()).strip("-")
 
 
 def about(machine: Machine) -> str:
