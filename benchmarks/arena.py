@@ -21,7 +21,7 @@ from benchmarks.results import Results
 from benchmarks.room import Unavailable, require
 from rwkv_runtime import BackendError, Model, Plugins, chunk_size
 from rwkv_runtime.checkpoint import build_model
-from rwkv_runtime.runtime import DTYPES
+from rwkv_runtime.settings import DTYPES
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 4e-2, "float16": 1e-2}
 """Largest difference of two logits, as a share of the largest logit."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from rwkv_runtime.runtime import DTYPES
+from rwkv_runtime.settings import DTYPES
 
 REPEATS = 5
 GIB = 1 << 30

@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.room import require, require_disk
 from rwkv_runtime import Architecture
 from rwkv_runtime.checkpoint import open_tensors
-from rwkv_runtime.runtime import DTYPES
+from rwkv_runtime.settings import DTYPES
 
 SIZES: Mapping[str, tuple[int, int]] = {
     "tiny": (2, 128),

@@ -21,7 +21,7 @@ from benchmarks.results import Results
 from benchmarks.room import Unavailable
 from benchmarks.summary import lines
 from rwkv_runtime import Plugins
-from rwkv_runtime.runtime import DTYPES
+from rwkv_runtime.settings import DTYPES
 
 ARENA = pytest.StashKey[Arena]()
 BEGIN = pytest.StashKey[float]()

@@ -27,7 +27,7 @@ from benchmarks.checkpoints import SIZES, Checkpoint, make_checkpoint
 from rwkv_runtime import Model, Plugins
 from rwkv_runtime.checkpoint import build_model
 from rwkv_runtime.engine import Engine
-from rwkv_runtime.runtime import DTYPES, STATE_DTYPES
+from rwkv_runtime.settings import DTYPES, STATE_DTYPES
 from rwkv_runtime.tokenizer import load_tokenizer, world_vocabulary
 
 CUDA = torch.device("cuda", 0)

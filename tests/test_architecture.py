@@ -25,7 +25,7 @@ LEVELS = (
     {"controls", "model"},
     {"backend", "checkpoint", "sampler"},
     {"embedded", "observation", "plugins", "snapshot"},
-    {"batch", "generation"},
+    {"batch", "generation", "settings"},
     {"flight"},
     {"engine"},
     {"runtime"},

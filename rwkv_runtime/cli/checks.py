@@ -11,8 +11,9 @@ from typing import Any
 
 from rwkv_runtime.errors import OptionError, StateError
 from rwkv_runtime.plugins import Plugins
-from rwkv_runtime.runtime import AUTO, check_quant, parse_device, parse_dtype, parse_state_dtype
+from rwkv_runtime.runtime import AUTO
 from rwkv_runtime.sampler import check_params
+from rwkv_runtime.settings import check_quant, parse_device, parse_dtype, parse_state_dtype
 from rwkv_runtime.snapshot import check_snapshot
 
 

@@ -8,7 +8,8 @@ from torch import Tensor
 from rwkv_runtime.checkpoint import build_model
 from rwkv_runtime.model import Architecture
 from rwkv_runtime.plugins import Plugins
-from rwkv_runtime.runtime import Runtime, parse_device, parse_dtype
+from rwkv_runtime.runtime import Runtime
+from rwkv_runtime.settings import parse_device, parse_dtype
 from rwkv_runtime.tokenizer import Tokenizer
 
 BYTE_VOCABULARY = 257
