@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -51,10 +52,17 @@ needs_compiler = pytest.mark.skipif(fused.interpreted(), reason="Triton's interp
 @pytest.mark.skipif(interpreter_fails(), reason="the interpreter of Triton before 3.7 needs numpy before 2.4")
 @pytest.mark.skipif(fused.interpreted(), reason="they are collected by this very run")
 def test_the_kernels_are_right_through_triton_s_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(INTERPRETED)]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    """Each file in a process of its own, as many at once as there are processors."""
+    files = sorted(INTERPRETED.glob("test_*.py"), key=lambda file: -file.stat().st_size)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done in pool.map(run_interpreted, files):
+            assert done.returncode == 0, done.stdout + done.stderr
+
+
+def run_interpreted(file: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(file)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 @needs_triton
