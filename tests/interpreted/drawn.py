@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import torch
 import torch.nn.functional as F
-from helpers import apart
+from helpers import CPU, apart, tokens_of
+from rwkv_backends.eager import Eager
+from rwkv_backends.fused import FAMILIES
 from rwkv_backends.kernels.tuning import Tuning
 from rwkv_layers.linear import Matrix
 from rwkv_layers.matrices import quantize
 from torch import Tensor
+
+from rwkv_runtime.checkpoint import build_model
+from rwkv_runtime.model import Architecture, ModelConfig
+from rwkv_runtime.state import State
 
 TUNING = Tuning(
     overlap=False,
@@ -64,3 +72,27 @@ def shifted(x: Tensor, prev: Tensor, T: int) -> Tensor:
 def close(dtype: torch.dtype, *pairs: tuple[Tensor, Tensor]) -> None:
     for ours, theirs in pairs:
         assert apart(ours, theirs) < TOLERANCE[dtype]
+
+
+def stepped(
+    architecture: Architecture, config: ModelConfig, dtype: str, state: str, quant: str | None, tuning: Tuning
+) -> tuple[list[Tensor], list[State], State]:
+    """Four tokens of each of five rows through the kernels, and as plain PyTorch has it: logits, states of six rows, of
+    which the last is not in use, and what they began as."""
+    tensors = architecture.random(config, dtype=getattr(torch, dtype))
+    model = build_model(tensors, [architecture], CPU, quant=quant, state_dtype=getattr(torch, state))
+    states, logits = [model.new_state(6) for _ in range(2)], []
+    passes = import_module(FAMILIES[architecture.name]).forward(model, tuning), Eager().forward(model)
+    steps = [torch.tensor([tokens_of(4, row)[t : t + 1] for row in range(5)]) % config.vocab_size for t in range(4)]
+    for forward, rows in zip(passes, states, strict=True):
+        logits.append(torch.stack([forward(step, rows.view(0, 5)) for step in steps]))
+    return logits, states, model.new_state(6)
+
+
+def near_enough(logits: list[Tensor], states: list[State], begun: State, near: float) -> bool:
+    """Whether both of `stepped` say the same, and left the row that was not in use as it was."""
+    ours, theirs = states
+    return apart(*logits) < near and all(
+        apart(tensor.float(), theirs[name].float()) < near and torch.equal(tensor[:, 5], begun[name][:, 5])
+        for name, tensor in ours.tensors.items()
+    )

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib import import_module
 
 import pytest
 import torch
 import torch.nn.functional as F
-from drawn import TUNING, Draw, close
-from helpers import CPU, apart, tokens_of
-from rwkv_backends.eager import Eager
-from rwkv_backends.fused import FAMILIES
+from drawn import TUNING, Draw, close, near_enough, stepped
 from rwkv_backends.kernels import adapters7, wkv7
 from rwkv_backends.kernels.adapters7 import Adapters
 from rwkv_backends.kernels.wkv7 import Heads
 from torch import Tensor
 
-from rwkv_runtime.checkpoint import build_model
 from rwkv_runtime.plugins import Plugins
 
 B, H, R = 3, 2, (5, 7, 3, 9)
@@ -117,20 +112,8 @@ def test_activate(dtype: torch.dtype, n: int) -> None:
     ("dtype", "state"), [("float32", "float32"), ("float32", "float16"), ("float16", "float32")], ids=str
 )
 def test_a_step_is_what_plain_pytorch_makes_of_it(plugins: Plugins, dtype: str, state: str, quant: str | None) -> None:
-    """The last row of the state is not in use."""
     architecture = plugins.architectures.get("rwkv7")
     ranks = dict(zip(("decay", "rate", "value", "gate"), R, strict=True))
     config = replace(architecture.sizes(3, 48, 37, 16), ranks=ranks)
-    tensors = architecture.random(config, dtype=getattr(torch, dtype))
-    kept = getattr(torch, state)
-    model = build_model(tensors, [architecture], CPU, quant=quant, state_dtype=kept)
-    states, logits = [model.new_state(6) for _ in range(2)], []
-    passes = import_module(FAMILIES["rwkv7"]).forward(model, TUNING), Eager().forward(model)
-    for forward, rows in zip(passes, states, strict=True):
-        steps = [torch.tensor([tokens_of(4, row)[t : t + 1] for row in range(5)]) % 37 for t in range(4)]
-        logits.append(torch.stack([forward(step, rows.view(0, 5)) for step in steps]))
-    near = 1e-5 if (dtype, state) == ("float32", "float32") else 5e-2
-    assert apart(*logits) < near
-    for name, tensor in states[0].tensors.items():
-        assert apart(tensor.float(), states[1][name].float()) < near
-        assert torch.equal(tensor[:, 5], model.new_state(6)[name][:, 5])
+    both = stepped(architecture, config, dtype, state, quant, TUNING)
+    assert near_enough(*both, 1e-5 if (dtype, state) == ("float32", "float32") else 5e-2)
