@@ -15,6 +15,7 @@ import torch
 from benchmarks import ceilings, machine
 from benchmarks.arena import Arena, Lineup, Settings
 from benchmarks.checkpoints import SIZES
+from benchmarks.contestants import TUNED
 from benchmarks.entrants import entrants
 from benchmarks.package import PACKAGE, import_package, why_no_package
 from benchmarks.results import Results
@@ -25,8 +26,8 @@ from rwkv_runtime.settings import DTYPES
 
 ARENA = pytest.StashKey[Arena]()
 BEGIN = pytest.StashKey[float]()
-SLOW = ("compile",)
-"""Takes half a minute to start: not in a smoke run; the test suite has it."""
+SLOW = ("compile", TUNED)
+"""Take half a minute, or more, to start: not in a smoke run; the test suite has the first."""
 PLAINEST = "eager"
 """The one whose start a smoke run tries."""
 

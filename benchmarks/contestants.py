@@ -13,10 +13,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rwkv_runtime import Backend, Controls, Forward, Model, Sampler, chunk_size
+from rwkv_runtime import Backend, Controls, Forward, Model, Sampler, Tick, chunk_size
 from rwkv_runtime.sampler import check_params
 
-PER_OP = "per-op compile"
+PER_OP, TUNED = "per-op compile", "tuned compile"
+TUNING = (PER_OP, TUNED)
+"""What takes minutes to begin, whatever is measured."""
 
 
 class Decoder(Protocol):
@@ -126,3 +128,26 @@ class PerOpCompile(Backend):
             name: torch.compile(op, dynamic=False, **self.options) for name, op in model.architecture.ops.items()
         }
         return partial(model.architecture.forward, ops, model.weights)
+
+
+class TunedCompile(Backend):
+    """The whole step through torch.compile, products of one row as reductions, each kernel tuned by trying."""
+
+    name = TUNED
+
+    def __init__(self, untuned: Backend) -> None:
+        self.untuned = untuned
+
+    def why_not(self, model: Model | None) -> str | None:
+        if model is not None and model.device.type != "cuda":
+            return "only kernels of a GPU are tuned"
+        return self.untuned.why_not(model)
+
+    def forward(self, model: Model) -> Forward:
+        return self.untuned.forward(model)
+
+    def freeze(self, tick: Tick, buffers: Sequence[Tensor]) -> Tick:
+        import torch._inductor.config as settings
+
+        with settings.patch(coordinate_descent_tuning=True):  # compiles, and tunes, before it returns
+            return self.untuned.freeze(tick, buffers)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-from benchmarks.contestants import PER_OP, Contestant, Ours, PerOpCompile
+from benchmarks.contestants import PER_OP, TUNED, Contestant, Ours, PerOpCompile, TunedCompile
 from benchmarks.fla import FLA, FlaWkv
 from benchmarks.llama import LLAMA, LlamaCpp, why_no_llama
 from benchmarks.package import PACKAGE, Package, why_no_package
@@ -45,6 +45,7 @@ def entrants(plugins: Plugins, tune: bool) -> dict[str, Entrant]:
     backends = sorted(plugins.backends, key=lambda backend: -backend.priority)
     found |= {backend.name: _of(backend) for backend in backends}
     if "compile" in found:  # it knows whether torch.compile works here
+        found[TUNED] = _of(TunedCompile(plugins.backends.get("compile")))
         found[PER_OP] = _of(PerOpCompile(plugins.backends.get("compile"), tune))
     return found
 

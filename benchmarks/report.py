@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.plots import draw
 from benchmarks.results import Machine, Record, read
-from benchmarks.targets import PACKAGE, Target, cpu_targets, gpu_targets
+from benchmarks.targets import PACKAGE, cpu_targets, gpu_targets
 
 HEADINGS = {
     "decode": "Decode: tokens a second",
@@ -74,9 +74,7 @@ def section(machine: Machine, plots: Iterable[str] = ()) -> str:
     if ceilings:
         rows = [[r["contestant"], f"{r['rate']:,.2f} {r['unit']}"] for r in ceilings]
         parts.append("### What the machine can do\n\n" + table(["limit", "median"], rows))
-    targets = gpu_targets() if "gpu" in machine.info else cpu_targets()
-    if rows := [aims(target, results) for target in targets]:
-        parts.append("### Target and reached\n\n" + table(["", "target", "reached", ""], rows))
+    parts.append(f"### Target and reached\n\n{aims(machine)}")
     for case, heading in HEADINGS.items():
         members = [r for r in results if r["case"] == case]
         if members:
@@ -94,8 +92,8 @@ def name(info: Record) -> str:
 
 
 def slug(info: Record) -> str:
-    """What names of plots begin with: cpu, or a GPU's name."""
-    return re.sub(r"[^a-z0-9]+", "-", str(info.get("gpu", "cpu")).lower()).strip("-")
+    """The machine's name as that of a file."""
+    return re.sub(r"[^a-z0-9]+", "-", name(info).lower()).strip("-")
 
 
 def about(machine: Machine) -> str:
@@ -115,13 +113,20 @@ def about(machine: Machine) -> str:
     return "\n".join(lines)
 
 
-def aims(target: Target, results: Sequence[Record]) -> list[str]:
-    """One row: what, target, reached and by whom, whether that is enough."""
-    reached = target.find(results)
-    if reached is None:
-        return [target.what, target.aim(), "not measured", ""]
-    met = "yes" if target.met(reached.value) else "no"
-    return [target.what, target.aim(), f"{target.form.format(reached.value)} ({reached.who})", met]
+def aims(machine: Machine) -> str:
+    """What was to be reached, what was and by whom, whether that is enough; and what was not measured."""
+    rows, unknown = [], []
+    for target in gpu_targets() if "gpu" in machine.info else cpu_targets():
+        reached = target.find(machine.results)
+        if reached is None:
+            unknown.append(f"{target.what} ({target.aim()})")
+        else:
+            met = "yes" if target.met(reached.value) else "no"
+            rows.append([target.what, target.aim(), f"{target.form.format(reached.value)} ({reached.who})", met])
+    parts = [table(["", "target", "reached", ""], rows)] if rows else []
+    if unknown:
+        parts.append(f"Not measured on this machine: {'; '.join(unknown)}.")
+    return "\n\n".join(parts)
 
 
 def comparison(members: Sequence[Record]) -> str:

@@ -9,7 +9,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.arena import Arena, Lineup, prompt
-from benchmarks.contestants import PER_OP
+from benchmarks.contestants import TUNING
 from benchmarks.package import PACKAGE, Package
 from benchmarks.room import Unavailable
 from benchmarks.timing import Timing, race, record
@@ -44,7 +44,7 @@ def test_decode(benchmark: BenchmarkFixture, arena: Arena, lineup: Lineup, batch
     benchmark.group = f"1 decode {' '.join(model.values())} batch {batch}"
 
     def make(name: str) -> Callable[[], object]:
-        if name == PER_OP and batch > 1 and not arena.settings.smoke:
+        if name in TUNING and batch > 1 and not arena.settings.smoke:
             raise Unavailable("compared for one row only: tuning takes minutes")
         if name == PACKAGE and batch > ROWS:
             raise Unavailable(f"it has no batches: compared for up to {ROWS} rows")
@@ -75,7 +75,7 @@ def test_prefill(
     texts = [prompt(length, start) for start in range(prompts)]
 
     def make(name: str) -> Callable[[], object]:
-        if name == PER_OP and not arena.settings.smoke:
+        if name in TUNING and not arena.settings.smoke:
             raise Unavailable("compared for decoding only: tuning takes minutes for every length")
         chosen = lineup.contestant(name)
         lineup.room_for_prompts(name, prompts, length)

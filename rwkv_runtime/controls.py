@@ -134,10 +134,12 @@ class Controls:
 def top(scores: Tensor) -> tuple[Tensor, Tensor]:
     """max(dim=-1) of [B, V]: the largest scores and where they are, both [B].
 
-    A CPU finds the largest of many much faster than its place, which is looked for in one block alone.
+    A CPU finds the largest of many much faster than its place, which is looked for in one block alone. So does what
+    torch.compile makes for a GPU: inductor would join a search of whole rows with a sampler's cumulative sum, and then
+    refuse that ("TritonSplitDimKernel", torch 2.11).
     """
     B, V = scores.shape
-    if scores.is_cuda or V % BLOCK:
+    if (scores.is_cuda and not torch.compiler.is_compiling()) or V % BLOCK:
         return scores.max(dim=-1)
     blocks = scores.reshape(B, V // BLOCK, BLOCK)
     best, block = blocks.amax(dim=-1).max(dim=-1, keepdim=True)  # [B, 1] each

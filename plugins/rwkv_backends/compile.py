@@ -2,7 +2,9 @@
 
 Prompts run as plain PyTorch: large matrix products gain nothing from being compiled, and every length
 of chunk would be compiled anew. On a GPU the compiled step is captured here: a state that is updated in place makes
-inductor skip its own CUDA graphs. What inductor compiled, it keeps on disk for the next start.
+inductor skip its own CUDA graphs. What inductor compiled, it keeps on disk for the next start. Kernels are not tuned by
+trying unless torch's own variable, TORCHINDUCTOR_COORDINATE_DESCENT_TUNING=1, asks for it: that takes minutes, and most
+of them again at each start (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +27,6 @@ from rwkv_backends.graphs import Graphs
 from rwkv_runtime import Backend, Forward, Model, Tick, hookimpl
 
 logger = logging.getLogger("rwkv_runtime")
-GPU_OPTIONS: dict[str, Any] = {"coordinate_descent_tuning": True}
-"""Products of one row become reductions, which are fused with what is around them; each is then tuned by trying."""
 
 
 class Compile(Backend):
@@ -59,9 +58,7 @@ class Compile(Backend):
             self._announced = True
         gpu = buffers[0].is_cuda
         saved = [buffer.clone() for buffer in buffers]
-        compiled: Tick = torch.compile(
-            _own_code(tick), fullgraph=True, dynamic=False, options=GPU_OPTIONS if gpu else None
-        )
+        compiled: Tick = torch.compile(_own_code(tick), fullgraph=True, dynamic=False)
         with _unheard_warnings():
             compiled()  # compiles now, so that a failure shows here
         for buffer, value in zip(buffers, saved, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -59,11 +60,15 @@ class Fused(Backend):
         return None
 
     def warm_up(self, architecture: Architecture, device: torch.device) -> None:
-        """Triton hashes itself, 400 MB, before it loads its first kernel; cuBLAS takes a tenth of a second to begin."""
+        """Triton hashes itself, 400 MB, before it loads its first kernel; cuBLAS takes a tenth of a second to begin,
+        meanwhile."""
         if device.type == "cuda" and architecture.name in FAMILIES:
-            square = torch.zeros(16, 16, device=device)  # CUDA begins, before anything else is imported here
             import_module(FAMILIES[architecture.name])
-            self._settle(square @ square)
+            with ThreadPoolExecutor(1) as beside:
+                beside.submit(_hash_triton)
+                square = torch.zeros(16, 16, device=device)
+                square = square @ square
+            self._settle(square)
 
     def forward(self, model: Model) -> Forward:
         family: Callable[[Model, Tuning], Forward] = import_module(FAMILIES[model.architecture.name]).forward
@@ -109,6 +114,15 @@ class Fused(Backend):
 def beginning(model: Model) -> Model:
     """The model with its first layers alone, which between them start every kernel that the others do."""
     return replace(model, weights=model.weights._replace(blocks=model.weights.blocks[:LAYERS]))
+
+
+def _hash_triton() -> None:
+    """What Triton's first kernel would do, which is kept. A Triton that has it elsewhere does it then."""
+    from triton.runtime import cache
+
+    key = getattr(cache, "triton_key", None)
+    if key is not None:
+        key()
 
 
 def overlaps(device: torch.device) -> bool:

@@ -26,7 +26,6 @@ TUNING = Tuning(
     lerp_rows=32,
     lerp_cols=32,
     lerp_split=20,
-    key_tokens=16,
 )
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.02}
 B, C, V, R, D = 2, 40, 37, 5, 9  # C and the rest are no powers of two

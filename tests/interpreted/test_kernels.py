@@ -65,14 +65,6 @@ def test_relu_squared(dtype: torch.dtype) -> None:
     close(dtype, (k, twin))
 
 
-@pytest.mark.parametrize("rows", [5, 16, 35])
-def test_squared_product(dtype: torch.dtype, int8: bool, rows: int) -> None:
-    """Of some rows after others, where they are many."""
-    draw = Draw(dtype)
-    x, (matrix, w) = draw(rows, C), stored(draw.matrix(V, C), int8)
-    close(dtype, (mixing.squared_product(x, matrix, TUNING), torch.relu(x.double() @ w.t()) ** 2))
-
-
 def test_head(dtype: torch.dtype, int8: bool, tuning: Tuning) -> None:
     draw = Draw(dtype)
     x, norm = draw(B, C), draw.norm()

@@ -20,7 +20,7 @@ from rwkv_runtime.testing import check_backend
 FEW = Tuning(overlap=False, programs=4, tile_rows=32, piece_rows=32)
 """Every decode step of up to two rows through the kernels that hold whole rows of a matrix; large tiles, for speed."""
 PIECES = replace(FEW, pieces_from=1)
-MANY = replace(FEW, vector_rows=0, key_tokens=16)
+MANY = replace(FEW, vector_rows=0)
 
 
 def read(model: Model, tuning: Tuning, tokens: Tensor, pieces: list[int]) -> Tensor:

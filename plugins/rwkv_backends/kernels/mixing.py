@@ -4,10 +4,8 @@ M = B T rows of C channels; row m is token m % T of sequence m // T. Kernels are
 another length of prompt compiles nothing. Annotations are real types, not strings: Triton reads them.
 """
 
-import torch
 import triton
 import triton.language as tl
-from rwkv_layers.linear import Matrix, linear
 from torch import Tensor
 
 from rwkv_backends.kernels.device import let_next_begin, load_vector, norm_row, store, tanh, wait_for_earlier
@@ -114,14 +112,4 @@ def lerps(lora: Tensor, normed: Tensor, w: Tensor, prev: Tensor, T: int, tuning:
 def relu_squared(k: Tensor, tuning: Tuning) -> Tensor:
     """In place."""
     relu_squared_kernel[triton.cdiv(k.numel(), SQUARES),](k, k.numel(), SQUARES, num_warps=8, **tuning.launch)
-    return k
-
-
-def squared_product(x: Tensor, key: Matrix, tuning: Tuning) -> Tensor:
-    """relu(W x)^2 for x [M, C], W [F, C] -> [M, F], some rows after others: what is squared is still in the cache."""
-    if key.scale is not None or len(x) <= tuning.key_tokens:
-        return relu_squared(linear(x, key), tuning)
-    k = x.new_empty(len(x), len(key.weight))
-    for some, out in zip(x.split(tuning.key_tokens), k.split(tuning.key_tokens), strict=True):
-        relu_squared(torch.mm(some, key.weight.t(), out=out), tuning)
     return k

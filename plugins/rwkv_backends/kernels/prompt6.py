@@ -36,7 +36,7 @@ def read(x: Tensor, state: State, layers: Sequence[tuple[Block, float]], tuning:
         to = Shift(ffn_x[i], block.ln2, (ffn.maa_k, ffn.maa_r), ffn_last[i])
         key, receptance = tokens.shift(x, to, tuning)
         r = linear(receptance, ffn.receptance)
-        v = linear(mixing.squared_product(key, ffn.key, tuning), ffn.value)
+        v = linear(mixing.relu_squared(linear(key, ffn.key), tuning), ffn.value)
         if i + 1 < len(layers):
             x, (normed, first) = tokens.gate_shift(r, v, x, scale, first_shift(i + 1), tuning)
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from rwkv_layers.linear import linear
 from torch import Tensor
 
 from rwkv_backends.kernels import mixing, spans7, tokens
@@ -33,7 +34,7 @@ def read(x: Tensor, state: State, layers: Sequence[Layer], beside: Beside, tunin
         first = rkv[2] if first is None else first
         add_product(out, layer.block.att.output, x)
         key = tokens.shift(x, Shift(ffn_x[i], layer.block.ln2, (ffn.shift,), ffn_last[i]), tuning)[0]
-        add_product(mixing.squared_product(key, ffn.key, tuning), ffn.value, x)
+        add_product(mixing.relu_squared(linear(key, ffn.key), tuning), ffn.value, x)
     att_x.copy_(att_last)
     ffn_x.copy_(ffn_last)
     return x

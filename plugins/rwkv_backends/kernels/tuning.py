@@ -52,8 +52,6 @@ class Tuning:
     """Its channels."""
     lerp_split: int = 512
     """Up to so many tokens a program makes one of the five mixtures: more programs, each reading what they share."""
-    key_tokens: int = 1024
-    """Of a prompt whose products with the key matrix are squared before the next ones are made."""
     span: int = 64
     """Tokens of a prompt one program works on, all spans at once: at least 16, in RWKV-7 at most 128. In float32 RWKV-6
     takes half as many; RWKV-7 a quarter, in float16 too."""
