@@ -21,7 +21,7 @@ from torch import Tensor
 from rwkv_runtime import Model, Plugins
 from rwkv_runtime.checkpoint import build_model, open_tensors
 from rwkv_runtime.embedded import embedded_model
-from rwkv_runtime.runtime import find_vocabulary
+from rwkv_runtime.vocabulary import find_vocabulary, load_vocabulary
 
 HELD_OUT = Path(__file__).with_name("heldout.txt")
 
@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     path = options.model or embedded_model()
     model = build_model(open_tensors(path), Plugins.load().architectures, torch.device("cpu"), torch.float32)
-    tokenizer = find_vocabulary(path, None, model.config.vocab_size)
+    V = model.config.vocab_size
+    tokenizer = load_vocabulary(find_vocabulary(path, None, V), V)
     shares = zero_inputs(model, tokenizer.encode(options.text.read_text(encoding="utf-8"))[: options.tokens])
     for layer, share in enumerate(shares):
         print(f"layer {layer:2d}: {share:.1%}")

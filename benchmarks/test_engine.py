@@ -29,9 +29,10 @@ from rwkv_runtime.checkpoint import build_model, open_tensors
 from rwkv_runtime.embedded import embedded_model
 from rwkv_runtime.engine import Engine
 from rwkv_runtime.generation import Finish, Generation, Request
-from rwkv_runtime.runtime import find_vocabulary, why_not
+from rwkv_runtime.runtime import why_not
 from rwkv_runtime.sampler import check_params
 from rwkv_runtime.tokenizer import Tokenizer
+from rwkv_runtime.vocabulary import find_vocabulary, load_vocabulary
 
 SAMPLER = "nucleus"
 SHORT, LONG, WRITTEN = 100, 10_000, 2_000
@@ -83,7 +84,8 @@ class Watched(Backend):
 def story(arena: Arena) -> tuple[Model, Tokenizer]:
     path = embedded_model()
     model = build_model(open_tensors(path), arena.plugins.architectures, arena.settings.device)
-    return model, find_vocabulary(path, None, model.config.vocab_size)
+    V = model.config.vocab_size
+    return model, load_vocabulary(find_vocabulary(path, None, V), V)
 
 
 class Endless(Generation):

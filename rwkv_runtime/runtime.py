@@ -7,7 +7,6 @@ import os
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,16 +17,16 @@ from rwkv_runtime.backend import Backend, chunk_size
 from rwkv_runtime.checkpoint import Progress, build_model, check_sha256, open_tensors, recognise
 from rwkv_runtime.embedded import embedded_model
 from rwkv_runtime.engine import Engine
-from rwkv_runtime.errors import BackendError, OptionError, RwkvError, StateError, VocabularyError
+from rwkv_runtime.errors import BackendError, OptionError, RwkvError, StateError
 from rwkv_runtime.generation import Generation, Request
 from rwkv_runtime.model import Architecture, Model
 from rwkv_runtime.plugins import Plugins
 from rwkv_runtime.settings import check_quant, parse_device, parse_dtype, parse_state_dtype
 from rwkv_runtime.state import State
-from rwkv_runtime.tokenizer import Tokenizer, load_tokenizer, world_vocabulary
+from rwkv_runtime.tokenizer import Tokenizer
+from rwkv_runtime.vocabulary import find_vocabulary, load_vocabulary
 
 AUTO = "auto"
-WORLD_SIZES = (65529, 65530, 65536)
 ENGINES = 4
 """How many engines, each with its batch of states, a runtime keeps for the next text."""
 logger = logging.getLogger("rwkv_runtime")
@@ -65,10 +64,11 @@ def load(
         check_sha256(path, sha256)
     tensors = open_tensors(path)
     architecture, config = recognise(tensors, plugins.architectures, str(path))
+    words = find_vocabulary(path, vocab, config.vocab_size)  # a missing one is told before gigabytes are read
     numbered = torch.empty(0, device=where).device  # a thread has a current device of its own
     with ThreadPoolExecutor(2) as beside:  # what is read meanwhile does not hold the interpreter
         beside.submit(_warm_up, in_order(plugins, backend), architecture, numbered)
-        tokenizer = beside.submit(find_vocabulary, path, vocab, config.vocab_size)
+        tokenizer = beside.submit(load_vocabulary, words, config.vocab_size)
         model = build_model(tensors, [architecture], where, kind, str(path), progress, quant, kept)
     return Runtime(model, tokenizer.result(), plugins, backend)
 
@@ -94,28 +94,6 @@ def load_plugins() -> Plugins:
     if warning := plugins.warning():
         logger.warning(warning)
     return plugins
-
-
-def find_vocabulary(path: str | os.PathLike[str], vocab: str | os.PathLike[str] | None, vocab_size: int) -> Tokenizer:
-    """The vocabulary of a checkpoint. Raises VocabularyError where none fits, saying where it looked."""
-    beside = Path(path).with_suffix(".vocab.txt")
-    if vocab is not None:
-        chosen = Path(vocab)
-    elif beside.is_file():
-        chosen = beside
-    elif vocab_size in WORLD_SIZES:
-        chosen = world_vocabulary()
-    else:
-        raise VocabularyError(
-            f"{path}: its vocabulary has {vocab_size:,} entries, which is not RWKV World's, and there is no "
-            f"{beside.name} beside it; give the vocabulary file"
-        )
-    tokenizer = load_tokenizer(chosen)
-    if tokenizer.vocab_size > vocab_size:
-        raise VocabularyError(
-            f"{chosen}: has ids up to {tokenizer.vocab_size - 1}, the model only {vocab_size}; it is another model's"
-        )
-    return tokenizer
 
 
 class Writing(Iterator[str]):

@@ -151,12 +151,16 @@ class TextStream:
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """`Tokenizer.from_file`, shared by all who ask until the file's path, time or size differs."""
+    stat = stat_vocabulary(path)
+    return _cached_tokenizer(os.path.realpath(path), stat.st_mtime_ns, stat.st_size)
+
+
+def stat_vocabulary(path: str | os.PathLike[str]) -> os.stat_result:
+    """What the system says of the file. Raises VocabularyError where it is not there."""
     try:
-        resolved = os.path.realpath(path)
-        stat = os.stat(resolved)
+        return os.stat(os.path.realpath(path))
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from error
-    return _cached_tokenizer(resolved, stat.st_mtime_ns, stat.st_size)
 
 
 @functools.lru_cache(maxsize=16)

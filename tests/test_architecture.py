@@ -22,7 +22,7 @@ BUILT_IN = {folder.name for folder in PLUGINS.iterdir() if (folder / "__init__.p
 LEVELS = (
     {"ahead", "collector", "errors", "hooks"},
     {"memory", "noise", "state", "text", "tokenizer"},
-    {"controls", "model"},
+    {"controls", "model", "vocabulary"},
     {"backend", "checkpoint", "sampler"},
     {"embedded", "observation", "plugins", "snapshot"},
     {"batch", "generation", "settings"},
