@@ -121,8 +121,10 @@ def aims(machine: Machine) -> str:
         if reached is None:
             unknown.append(f"{target.what} ({target.aim()})")
         else:
-            met = "yes" if target.met(reached.value) else "no"
-            rows.append([target.what, target.aim(), f"{target.form.format(reached.value)} ({reached.who})", met])
+            met, figure = target.met(reached.value), target.form.format(reached.value)
+            if not met and figure in target.aim():  # what is missing shows only in a digit more
+                figure = re.sub(r"\.(\d)", lambda digits: f".{int(digits[1]) + 1}", target.form).format(reached.value)
+            rows.append([target.what, target.aim(), f"{figure} ({reached.who})", "yes" if met else "no"])
     parts = [table(["", "target", "reached", ""], rows)] if rows else []
     if unknown:
         parts.append(f"Not measured on this machine: {'; '.join(unknown)}.")

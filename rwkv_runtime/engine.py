@@ -65,6 +65,8 @@ class Engine(Batch):
         for name, value, low in (("max_tokens", request.max_tokens, 1), ("logprobs", request.observe, 0)):
             if type(value) is not int or value < low:
                 raise OptionError(f"{name} is a whole number from {low}, not {value!r}")
+        if request.seconds is not None and not request.seconds > 0:
+            raise OptionError(f"seconds is a number above 0, not {request.seconds!r}")
         if type(request.seed) is not int:
             raise OptionError(f"seed is a whole number, not {request.seed!r}")
         generation = Generation(request, check_params(self.sampler, request.params), self.tokenizer)

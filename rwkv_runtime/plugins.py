@@ -195,7 +195,10 @@ class Plugins:
 
     def sampler(self, names: str) -> Sampler:
         """One sampler, or a chain of them from `a,b,c`. Raises OptionError for a name that is not there."""
-        stages = [self.samplers.get(name.strip()) for name in names.split(",")]
+        each = [name.strip() for name in names.split(",")]
+        if not all(each):
+            raise OptionError(f"a sampler's name is missing in {names!r}")
+        stages = [self.samplers.get(name) for name in each]
         return stages[0] if len(stages) == 1 else Chain(stages)
 
 

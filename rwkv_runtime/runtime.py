@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 import os
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -153,7 +154,9 @@ class Runtime:
                 self._give_way(_reason(error))
 
     def engine(self, sampler: str = "nucleus", rows: int = 1) -> Engine:
-        """The engine for a sampler (or chain) and a number of rows, prepared once."""
+        """The engine for a sampler (or chain) and a number of rows, prepared once. Raises OptionError for either."""
+        if type(rows) is not int or rows < 1:
+            raise OptionError(f"rows is a whole number from 1, not {rows!r}")
         key = sampler, rows
         if key in self._engines:
             self._engines[key] = self._engines.pop(key)  # the latest is the last to be given up
@@ -179,8 +182,8 @@ class Runtime:
         logprobs: int = 0,
         **params: Any,
     ) -> Request:
-        """A request as `generate` makes it; seed None draws one."""
-        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        """A request as `generate` makes it; seed None draws one. Raises OptionError for a prompt of another type."""
+        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else token_ids(prompt)
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         seed = random.getrandbits(32) if seed is None else seed
         return Request(tokens, params, max_tokens, seed, stops, seconds, observe=logprobs)
@@ -223,8 +226,10 @@ class Runtime:
     ) -> list[str]:
         """Writes on from many prompts through one batch; the texts come back in the prompts' order.
 
-        Prompt i uses seed + i. Raises SamplingError where a row failed.
+        Prompt i uses seed + i. Raises OptionError for what cannot be right, SamplingError where a row failed.
         """
+        if isinstance(prompts, str):
+            raise OptionError("prompts is a list of texts, not a text")
         engine = self.engine(sampler, rows)
         seed = random.getrandbits(32) if seed is None else seed
         generations: list[Generation] = []
@@ -242,30 +247,43 @@ class Runtime:
 
         Raises OptionError for no tokens or an id that is not in the vocabulary, StateError for another model's state.
         """
-        state = self._start(tokens, state)
+        tokens, state = self._ids(tokens), self._start(state)
         for chunk in _chunks(tokens, chunk_size(self.model.device)):
             logits = self._forward(torch.tensor([chunk], device=self.model.device), state)
         return logits[0], state
 
     def logits(self, tokens: Sequence[int], state: State | None = None) -> Tensor:
         """float32 logits after every token, [T, V]: for evaluation. Raises as `forward` does."""
-        state = self._start(tokens, state)
+        tokens, state = self._ids(tokens), self._start(state)
         rows = [
             self._forward(torch.tensor([chunk], device=self.model.device), state, every=True)[0]
             for chunk in _chunks(tokens, chunk_size(self.model.device))
         ]
         return torch.cat(rows)
 
-    def _start(self, tokens: Sequence[int], state: State | None) -> State:
-        V = self.model.config.vocab_size
-        if not tokens or not all(0 <= t < V for t in tokens):
+    def _ids(self, tokens: Sequence[int]) -> list[int]:
+        V, ids = self.model.config.vocab_size, token_ids(tokens)
+        if not ids or not all(0 <= t < V for t in ids):
             raise OptionError(f"one token id or more is needed, each from 0 to {V - 1}")
+        return ids
+
+    def _start(self, state: State | None) -> State:
         fresh = self.model.new_state()
         if state is not None:
+            if not isinstance(state, State):
+                raise StateError(f"a state is what `forward` gives, not {type(state).__name__}")
             if state.rows != 1:
                 raise StateError(f"a state of {state.rows} rows; one of a single row is expected")
             fresh.copy(state, 0, 0)
         return fresh
+
+
+def token_ids(tokens: Iterable[int]) -> list[int]:
+    """Raises OptionError for anything but whole numbers."""
+    try:
+        return [operator.index(token) for token in tokens]
+    except TypeError:
+        raise OptionError(f"token ids are a list of whole numbers, not {tokens!r:.40}") from None
 
 
 def _chunks(tokens: Sequence[int], size: int) -> Iterator[Sequence[int]]:

@@ -48,9 +48,14 @@ class Param:
             raise OptionError(f"{name} is {kind}, not {value!r}") from None
         whole = isinstance(self.default, int)
         if not self.low <= number <= self.high or (whole and not number.is_integer()):
-            low, high = (f"{n:,.0f}" if whole and math.isfinite(n) else f"{n:g}" for n in (self.low, self.high))
-            raise OptionError(f"{name} is {kind} from {low} to {high}, not {value}")
+            raise OptionError(f"{name} is {kind} from {self.bounds()}, not {value}")
         return int(number) if whole else number
+
+    def bounds(self) -> str:
+        """The least and the largest value of a number, in words."""
+        whole = isinstance(self.default, int)
+        low, high = (f"{n:,.0f}" if whole and math.isfinite(n) else f"{n:g}" for n in (self.low, self.high))
+        return f"{low} to {high}"
 
 
 class Sampler(ABC):

@@ -190,7 +190,7 @@ def test_compiling_is_said_once_and_torch_is_heard_where_it_is_asked_for(asked: 
         return subprocess.run(run, env=env, capture_output=True, text=True, check=True).stderr.splitlines()
 
     said, heard = errors(), errors("--quiet")
-    assert said.count("compiling, once; it can take minutes, and is quicker at the next start") == 1
+    assert said.count("preparing the decode step: minutes the first time, seconds once it is compiled") == 1
     assert said[-1].startswith("5 of 5 lines done")
     for warning in ("Not enough SMs", "TensorFloat32 is available"):
         assert any(warning in line for line in heard) == bool(asked)

@@ -117,16 +117,19 @@ def test_report_names_the_machine_the_command_and_what_is_too_good(saved: Path, 
 
 
 def test_each_machine_has_a_section_with_its_own_targets(saved: Path, tmp_path: Path) -> None:
-    gpu = save(tmp_path / "gpu.json", (GPU, [decode("fused", 1, 900.0, 7.5, size="1.6b", read_share=0.85)]))
+    shares = {"1.6b": 0.85, "3b": 0.876}
+    steps = [decode("fused", 1, 900.0, 7.5, size=size, read_share=share) for size, share in shares.items()]
+    gpu = save(tmp_path / "gpu.json", (GPU, steps))
     text = report(tmp_path, saved, gpu)
     cpu, gpu_section = text.split("## Some GPU\n")
     assert "## Some CPU\n" in cpu
     assert "- Some GPU, 80 GB, CUDA 13.0, clocks.sm 1980 MHz" in gpu_section
     assert "| decode 0.1b bfloat16, one row: times the `rwkv` package | at least 1.60x | 1.60x (eager) | yes |" in cpu
     assert "| decode 1.6b, one row: share of the read rate | at least 80% | 85% (fused) | yes |" in gpu_section
+    assert "| decode 3b, one row: share of the read rate | at least 88% | 87.6% (fused) | no |" in gpu_section
     assert "| decode 1.6b, one row: times the `rwkv` package | at least 6.0x | 7.5x (fused) | yes |" in gpu_section
     unknown = next(line for line in gpu_section.splitlines() if line.startswith("Not measured on this machine: "))
-    assert "; decode 7b, one row: share of the read rate (at least 92%); " in unknown
+    assert ": decode 7b, one row: share of the read rate (at least 92%); " in unknown
 
 
 def test_a_target_that_was_missed_says_so(tmp_path: Path) -> None:

@@ -82,6 +82,34 @@ def test_what_is_set_for_other_runs_too_is_not_refused_where_it_is_of_no_use(mon
     assert (result.exit_code, result.stderr) == (1, "Error: missing.pth: no such file\n")
 
 
+@pytest.mark.parametrize(
+    ("args", "env"),
+    [
+        (["hi"], {"CHAT": "1"}),
+        (["--trials", "2"], {"CHAT": "1", "PROMPTS": "in.jsonl", "OUTPUT": "out.jsonl"}),
+        (["hi"], {"PROMPTS": "in.jsonl", "OUTPUT": "out.jsonl"}),
+        (["--load-state", "."], {"PROMPTS": "in.jsonl", "OUTPUT": "out.jsonl"}),
+        (["--chat"], {"TRIALS": "3", "EXPLAIN": "1", "FILE": "prompt.txt", "PROMPTS": "in.jsonl"}),
+        (["hi", "--sampler", "greedy"], {"TOP_P": "0.5", "OPTION": "temperature 0.5"}),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_what_is_set_elsewhere_gives_way_to_what_is_typed(
+    args: list[str], env: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [n for n in os.environ if n.startswith("RWKV_")]:
+        monkeypatch.delenv(name)
+    if "." in args:  # which a run of prompts would not have looked at
+        assert "--load-state .: a directory" in invoke(*args, *MISSING, **env).stderr
+    else:
+        assert invoke(*args, *MISSING, **env).stderr == "Error: missing.pth: no such file\n"
+
+
+def test_a_parameter_that_no_sampler_has_is_refused_wherever_it_is_set() -> None:
+    result = invoke(*MISSING, OPTION="top_q 0.5")
+    assert (result.exit_code, "has no parameter 'top_q'" in result.stderr) == (2, True)
+
+
 def test_a_misspelt_variable_is_named_in_a_warning_with_the_nearest_right_one(seen: dict) -> None:
     result = invoke(MAX_TOKENZ="3", ZZZ="1", JSON="1", TOP_P="0.5")
     assert (result.exit_code, seen["max_tokens"]) == (0, 512)
@@ -136,6 +164,12 @@ def test_a_setting_of_the_wrong_type_in_the_file_is_refused_in_one_line(line, me
         (["--save-state", "missing/x.state"], "its folder is missing"),
         (["--save-state", "."], "not a file that could be replaced"),
         (["--sha256", "zz"], "64 hexadecimal digits"),
+        (["--save-state", "-"], "--save-state -: a file is needed; of standard input only --file can read"),
+        (["--prompts", "in", "--output", "-"], "--output -: a file is needed"),
+        (["--prompts", "-", "--output", "out"], "--prompts -: a file is needed"),
+        (["--vocab", ""], "--vocab is empty; give the file's name"),
+        (["--sampler", "nucleus,"], "a sampler's name is missing in 'nucleus,'"),
+        (["--sampler", "greedy", "--top-p", "0.5"], "sampler greedy has no parameter 'top_p'"),
         (["--chat", "--trials", "2"], "--chat takes no --trials"),
         (["--logprobs", "2"], "--logprobs goes with"),
         (["--chat-format", "think"], "--chat-format goes with --chat"),

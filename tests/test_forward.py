@@ -49,6 +49,11 @@ def test_what_cannot_be_read_is_refused(runtime: Runtime, architecture: Architec
         for read in (runtime.forward, runtime.logits):
             with pytest.raises(OptionError, match="each from 0 to 259"):
                 read(tokens)
+    for tokens in ("text", 5, [1.5], None):
+        with pytest.raises(OptionError, match="token ids are a list of whole numbers"):
+            runtime.forward(tokens)  # type: ignore[arg-type]
+    with pytest.raises(StateError, match="a state is what `forward` gives, not str"):
+        runtime.forward([1], "state")  # type: ignore[arg-type]
     other = built(architecture.random(tiny_config(architecture, layers=3)), plugins).new_state()
     with pytest.raises(StateError, match="a model of another size"):
         runtime.forward([1], other)

@@ -172,6 +172,16 @@ def test_a_batch_gives_texts_in_the_order_of_their_prompts(runtime: Runtime) -> 
     assert runtime.generate_batch([]) == []
 
 
+def test_a_batch_of_no_rows_or_of_one_text_is_refused(runtime: Runtime) -> None:
+    for rows in (0, -1, 2.0):
+        with pytest.raises(OptionError, match=f"rows is a whole number from 1, not {rows}"):
+            runtime.generate_batch(["a"], rows=rows)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="prompts is a list of texts, not a text"):
+        runtime.generate_batch("abc")
+    with pytest.raises(OptionError, match="token ids are a list of whole numbers, not None"):
+        runtime.generate(None)  # type: ignore[arg-type]
+
+
 def test_a_batch_that_fails_leaves_nothing_running(runtime: Runtime) -> None:
     runtime.plugins = type(runtime.plugins).load({"RWKV_PLUGINS": ""})
     runtime.plugins.samplers.add(Poisoned(), "test")

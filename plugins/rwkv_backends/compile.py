@@ -54,7 +54,7 @@ class Compile(Backend):
 
     def freeze(self, tick: Tick, buffers: Sequence[Tensor]) -> Tick:
         if not self._announced:  # several sizes of batch are one wait
-            logger.info("compiling, once; it can take minutes, and is quicker at the next start")
+            logger.info("preparing the decode step: minutes the first time, seconds once it is compiled")
             self._announced = True
         gpu = buffers[0].is_cuda
         saved = [buffer.clone() for buffer in buffers]

@@ -21,6 +21,7 @@ from rwkv_runtime.cli.options import (
     read_config,
     sampler_params,
     typed,
+    typed_params,
     unknown_variables,
 )
 
@@ -96,7 +97,7 @@ def command(ctx: click.Context, /, **options: Any) -> None:
     with nothing_to_lose():
         from rwkv_runtime.cli.run import run  # torch is loaded here
 
-    run(options | {"params": sampler_params(ctx), "typed": typed(ctx)})
+    run(options | {"params": sampler_params(ctx), "typed": typed(ctx), "typed_params": typed_params(ctx)})
 
 
 def main() -> None:

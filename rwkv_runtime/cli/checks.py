@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rwkv_runtime.cli.elsewhere import CHAT, PROMPTS
 from rwkv_runtime.errors import OptionError, StateError
 from rwkv_runtime.plugins import Plugins
 from rwkv_runtime.runtime import AUTO
@@ -37,11 +38,8 @@ def _check_modes(options: Mapping[str, Any]) -> None:
         raise OptionError("--chat and --prompts exclude each other")
     mode = "chat" if options["chat"] else "prompts" if options["prompts"] else None
     if mode:
-        barred = [name for name in ("prompt", "file", "explain") if options[name]]
-        barred += ["trials"] * (options["trials"] > 1)
-        if mode == "prompts":
-            barred += [name for name in ("load_state", "save_state") if options[name]]
-        if barred:
+        unset = CHAT if mode == "chat" else PROMPTS
+        if barred := [name for name, value in unset.items() if options[name] not in (value, "")]:
             raise OptionError(f"--{mode} takes no {'prompt' if barred[0] == 'prompt' else _dashed(barred[0])}")
     for name, needed in (("chat_format", "chat"), ("rows", "prompts")):
         if name in options["typed"] and not options[needed]:
@@ -61,6 +59,11 @@ def _check_modes(options: Mapping[str, Any]) -> None:
 
 
 def _check_files(options: Mapping[str, Any]) -> None:
+    for name in ("model", "vocab", "file", "prompts", "output", "load_state", "save_state"):
+        if options[name] == "":
+            raise OptionError(f"{_dashed(name)} is empty; give the file's name")
+        if options[name] == "-" and name != "file":
+            raise OptionError(f"{_dashed(name)} -: a file is needed; of standard input only --file can read")
     for name in ("file", "vocab"):
         stdin = name == "file" and options[name] == "-"
         if options[name] and not stdin and not Path(options[name]).is_file():

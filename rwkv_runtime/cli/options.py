@@ -64,10 +64,10 @@ def typed(ctx: click.Context) -> frozenset[str]:
     return frozenset(name for name in ctx.params if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE)
 
 
-def sampler_params(ctx: click.Context) -> dict[str, object]:
+def sampler_params(ctx: click.Context, *places: ParameterSource) -> dict[str, object]:
     """Parameters for the sampler from `-o` and the short options; where one place has both, they must agree."""
     params: dict[str, object] = {}
-    for place in PLACES:
+    for place in places or PLACES:
         pairs = _pairs(_options_of(ctx, place))
         short = {name: ctx.params[name] for name in SHORT if ctx.get_parameter_source(name) == place}
         for name in pairs.keys() & short.keys():
@@ -76,6 +76,11 @@ def sampler_params(ctx: click.Context) -> dict[str, object]:
                 raise click.UsageError(f"{name} is given {both}; leave one of them out")
         params |= pairs | short
     return params
+
+
+def typed_params(ctx: click.Context) -> frozenset[str]:
+    """Names of those on the command line itself."""
+    return frozenset(sampler_params(ctx, ParameterSource.COMMANDLINE))
 
 
 def _agree(text: str, number: float) -> bool:

@@ -14,6 +14,7 @@ import torch
 
 from rwkv_runtime.cli.checks import check, read_prompt
 from rwkv_runtime.cli.command import INTERRUPTED, WrongUsage, nothing_to_lose
+from rwkv_runtime.cli.elsewhere import of_use
 from rwkv_runtime.cli.explain import as_record, table
 from rwkv_runtime.cli.figures import Figures
 from rwkv_runtime.cli.interrupts import follow
@@ -65,6 +66,7 @@ def _listen(quiet: bool) -> None:
 def _dispatch(options: Mapping[str, Any]) -> None:
     with nothing_to_lose():
         plugins = load_plugins()
+    options = of_use(options, plugins)
     check(options, plugins)
     if options["prompts"]:
         from rwkv_runtime.cli.batch import run_batch

@@ -51,7 +51,7 @@ def _param(param: Param) -> str:
     if isinstance(param.default, str):
         return f"{param.help} (a text; default {param.default!r})"
     off = "" if param.off is None else f"; {param.off:g} is off"
-    return f"{param.help} (default {param.default:g}, {param.low:g} to {param.high:g}{off})"
+    return f"{param.help} (default {param.default:g}, {param.bounds()}{off})"
 
 
 def _paragraph(row: Row) -> str:
