@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,6 +42,8 @@ class Controls:
     """One dictionary a row, on the host: parameters that are texts, for `prime`, and whatever samplers with
     `runs = "host"` keep."""
     tokenizer: Tokenizer | None = None
+    texts: Mapping[str, str] = field(default_factory=dict)
+    """Parameters that are texts at their defaults: the notes of a row that no text is written in."""
 
     @classmethod
     def allocate(
@@ -64,6 +66,7 @@ class Controls:
             return spec.allocate((rows,), device)
 
         numbers = {name: p.default for name, p in sampler.params.items() if not isinstance(p.default, str)}
+        texts = {name: p.default for name, p in sampler.params.items() if isinstance(p.default, str)}
         seed, position = (torch.zeros((rows, 1), dtype=torch.int64, device=device) for _ in range(2))
         return cls(
             values={name: full(default) for name, default in numbers.items()},
@@ -71,8 +74,9 @@ class Controls:
             position=position,
             slots={name: slot(spec) for name, spec in sampler.slots(vocab_size).items()},
             ids=torch.arange(vocab_size, device=device)[None],
-            notes=[{} for _ in range(rows)],
+            notes=[dict(texts) for _ in range(rows)],
             tokenizer=tokenizer,
+            texts=texts,
         )
 
     def __getitem__(self, name: str) -> Tensor:
@@ -83,13 +87,13 @@ class Controls:
         values = {name: t[start:stop] for name, t in self.values.items()}
         slots = {name: t[start:stop] for name, t in self.slots.items()}
         seed, position = self.seed[start:stop], self.position[start:stop]
-        return Controls(values, seed, position, slots, self.ids, self.notes[start:stop], self.tokenizer)
+        return replace(self, values=values, seed=seed, position=position, slots=slots, notes=self.notes[start:stop])
 
     def clone(self) -> Controls:
         """The same rows in memory of their own; the notes stay shared."""
         values = {name: t.clone() for name, t in self.values.items()}
         slots = {name: t.clone() for name, t in self.slots.items()}
-        return Controls(values, self.seed.clone(), self.position.clone(), slots, self.ids, self.notes, self.tokenizer)
+        return replace(self, values=values, seed=self.seed.clone(), position=self.position.clone(), slots=slots)
 
     def buffers(self) -> list[Tensor]:
         """Every per-row tensor."""
@@ -115,6 +119,7 @@ class Controls:
         self.notes[row].clear()
         self.notes[row].update(self.notes[source])
         self.notes[source].clear()
+        self.notes[source].update(self.texts)
 
     def uniform(self, stream: int) -> Tensor:
         """One uniform number a row, float32 [B, 1], beside the noise of the draw: the same for the same seed and

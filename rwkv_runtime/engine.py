@@ -160,8 +160,9 @@ class Engine(Batch):
         recent = torch.tensor(generation.recent(), dtype=torch.int64, device=self.controls.seed.device)
         try:
             self.sampler.prime(recent, self.controls.view(row, row + 1))
-        except RwkvError as error:  # a setting that only the row's start can judge costs that row alone
-            generation.error = error
+        except Exception as error:  # a setting that only the row's start can judge costs that row alone
+            reason = f"sampler {self.sampler.name} cannot begin: {type(error).__name__}: {error}"
+            generation.error = error if isinstance(error, RwkvError) else PluginError(reason)
             generation.close("error")
         else:
             self.active.append(generation)

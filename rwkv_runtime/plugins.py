@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import Distribution, EntryPoint, entry_points
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, get_args
 
 import pluggy
 
@@ -15,7 +15,7 @@ from rwkv_runtime import hooks
 from rwkv_runtime.backend import Backend
 from rwkv_runtime.errors import OptionError, PluginError, did_you_mean, there_are
 from rwkv_runtime.model import Architecture
-from rwkv_runtime.sampler import Chain, Sampler
+from rwkv_runtime.sampler import Chain, Param, Sampler, Where
 
 T = TypeVar("T")
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
@@ -25,9 +25,11 @@ HOME = "rwkv-runtime"
 class Registry(Generic[T]):
     """Named things of one kind; a name is given once."""
 
-    def __init__(self, kind: str, base: type[T]) -> None:
+    def __init__(self, kind: str, base: type[T], problem: Callable[[T], str | None] = lambda item: None) -> None:
+        """`problem` says what is wrong with one, beyond its type and its name."""
         self.kind = kind
         self.base = base
+        self.problem = problem
         self._items: dict[str, T] = {}
         self._owners: dict[str, str] = {}
 
@@ -49,6 +51,8 @@ class Registry(Generic[T]):
         name = getattr(item, "name", None)
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise PluginError(f"a {self.kind}'s name is lower-case letters, digits, '.', '_', '-', not {name!r}")
+        if problem := self.problem(item):
+            raise PluginError(f"{self.kind} {name!r}: {problem}")
         if name in self._items:
             raise PluginError(f"{self.kind} {name!r} is already offered by {self._owners[name]}")
         return item
@@ -82,8 +86,8 @@ class Plugins:
 
     def __init__(self) -> None:
         self.architectures: Registry[Architecture] = Registry("architecture", Architecture)  # type: ignore[type-abstract]
-        self.backends: Registry[Backend] = Registry("backend", Backend)  # type: ignore[type-abstract]
-        self.samplers: Registry[Sampler] = Registry("sampler", Sampler)
+        self.backends: Registry[Backend] = Registry("backend", Backend, _backend_problem)  # type: ignore[type-abstract]
+        self.samplers: Registry[Sampler] = Registry("sampler", Sampler, _sampler_problem)
         self.plugins: list[Plugin] = []
         self._staged: list[tuple[Registry[Any], Any]] = []
         self._answered: set[str] = set()
@@ -153,6 +157,9 @@ class Plugins:
         self._staged.clear()
         self._answered.clear()
         label = f"{distribution}:{name}"
+        if isinstance(plugin, type):
+            record.problem = "it is a class; register a module or an instance"
+            return record
         if self._manager.is_registered(plugin) or self._manager.has_plugin(label):
             record.problem = "it is registered already"
             return record
@@ -161,6 +168,8 @@ class Plugins:
             self._check_hooks(plugin)
         except (Exception, SystemExit) as error:  # whatever a stranger's hook does costs only that plugin
             record.problem = str(error) if isinstance(error, PluginError) else f"its hook raised {_reason(error)}"
+            if isinstance(error, pluggy.PluginValidationError):  # its last line has the reason
+                record.problem = f"a hook is not as this version has it: {str(error).strip().splitlines()[-1]}"
             self._staged.clear()
             if self._manager.is_registered(plugin):
                 self._manager.unregister(plugin)
@@ -207,6 +216,21 @@ def _distribution(home: Distribution | None) -> tuple[str, str]:
     if home is None:
         return "", ""
     return re.sub(r"[-_.]+", "-", home.name).lower(), home.version
+
+
+def _backend_problem(backend: Backend) -> str | None:
+    return None if type(backend.priority) is int else f"its priority is a whole number, not {backend.priority!r}"
+
+
+def _sampler_problem(sampler: Sampler) -> str | None:
+    if not isinstance(sampler.params, Mapping):
+        return "its params are a dictionary of Param by name"
+    for name, param in sampler.params.items():
+        if not isinstance(param, Param) or not isinstance(param.default, (int, float, str)):
+            return f"its parameter {name!r} is not a Param with a number or a text as default"
+    if sampler.runs not in get_args(Where):
+        return f"`runs` is one of {', '.join(get_args(Where))}, not {sampler.runs!r}"
+    return None
 
 
 def _reason(error: BaseException) -> str:

@@ -12,11 +12,15 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from rwkv_runtime.controls import Controls
-from rwkv_runtime.errors import OptionError, PluginError, did_you_mean
+from rwkv_runtime.errors import OptionError, PluginError, RwkvError, did_you_mean
 from rwkv_runtime.state import TensorSpec
 
 Where = Literal["graph", "device", "host"]
 """Inside a captured graph; on the device, outside the graph; on the CPU."""
+
+
+MOST_WHOLE, MOST = 2.0**53, 3.4028234663852886e38
+"""Up to where a float64 has all whole numbers; the largest float32, in which other parameters are kept."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class Param:
         Raises OptionError with the range.
         """
         if isinstance(self.default, str):
+            if value is None or isinstance(value, bool):
+                raise OptionError(f"{name} is a text, not {value!r}")
             return json.dumps(value) if isinstance(value, (dict, list)) else str(value)
         kind = "a whole number" if isinstance(self.default, int) else "a number"
         try:
@@ -49,6 +55,9 @@ class Param:
         whole = isinstance(self.default, int)
         if not self.low <= number <= self.high or (whole and not number.is_integer()):
             raise OptionError(f"{name} is {kind} from {self.bounds()}, not {value}")
+        most = MOST_WHOLE if whole else MOST
+        if math.isfinite(number) and abs(number) > most:
+            raise OptionError(f"{name} is {kind} of at most {most:g}, not {value}")
         return int(number) if whole else number
 
     def bounds(self) -> str:
@@ -190,5 +199,10 @@ def check_params(sampler: Sampler, given: Mapping[str, object]) -> dict[str, flo
             hint = did_you_mean(name, sampler.params, f"it has {', '.join(sampler.params) or 'none'}")
             raise OptionError(f"sampler {sampler.name} has no parameter {name!r}; {hint}")
     params = {name: p.check(name, given.get(name, p.default)) for name, p in sampler.params.items()}
-    sampler.check(params)
+    try:
+        sampler.check(params)
+    except RwkvError:
+        raise
+    except Exception as error:  # a stranger's sampler may raise anything
+        raise OptionError(f"sampler {sampler.name} cannot take these: {type(error).__name__}: {error}") from error
     return params

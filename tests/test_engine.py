@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -11,13 +12,15 @@ from helpers import tokens_of
 from rwkv_backends.eager import Eager
 from rwkv_samplers.greedy import Greedy
 from rwkv_samplers.nucleus import Nucleus
+from torch import Tensor
 
 from rwkv_runtime.backend import chunk_size
+from rwkv_runtime.controls import Controls
 from rwkv_runtime.engine import Engine
 from rwkv_runtime.errors import OptionError, SamplingError, StateError
 from rwkv_runtime.generation import Request
 from rwkv_runtime.model import Model
-from rwkv_runtime.sampler import Chain, Sampler
+from rwkv_runtime.sampler import Chain, Param, Sampler
 from rwkv_runtime.snapshot import Snapshot
 from rwkv_runtime.state import State
 from rwkv_runtime.tokenizer import Tokenizer
@@ -185,6 +188,34 @@ def test_what_is_kept_is_not_changed_by_going_on(model: Model, tokenizer: Tokeni
     assert all(torch.equal(t, before[name]) for name, t in first.snapshot.state.tensors.items())
 
 
+class Picky(Greedy):
+    """Raises what it should not, where a request is made or a row begins; reads its text on the host at each step."""
+
+    name = "picky"
+    params = {"pick": Param(0), "word": Param("a")}
+    runs = "host"
+
+    def check(self, params: Mapping[str, float | str]) -> None:
+        if float(params["pick"]) % 2:
+            raise ValueError(f"{params['pick']} is odd")
+
+    def prime(self, tokens: Tensor, controls: Controls) -> None:
+        int(controls.notes[0]["word"], 16)
+
+    def sample(self, logits: Tensor, controls: Controls) -> Tensor:
+        assert all(note["word"] for note in controls.notes)
+        return super().sample(logits, controls)
+
+
+def test_what_a_sampler_raises_at_a_rows_start_costs_that_row_alone(model: Model, tokenizer: Tokenizer) -> None:
+    """Rows in which no text is written have texts, too: those of the defaults."""
+    engine = engine_for(model, tokenizer, Picky(), rows=5)
+    words = ["a", "zz", "b"]
+    first, bad, last = finish(engine, *(Request([1], {"word": word}, max_tokens=4) for word in words))
+    assert (first.finish, bad.finish, last.finish) == ("length", "error", "length")
+    assert str(bad.error).startswith("sampler picky cannot begin: ValueError: invalid literal")
+
+
 def test_a_request_that_cannot_be_met_is_refused_when_it_is_made(model: Model, tokenizer: Tokenizer) -> None:
     engine = engine_for(model, tokenizer, Nucleus())
     for request, reason in (
@@ -198,6 +229,8 @@ def test_a_request_that_cannot_be_met_is_refused_when_it_is_made(model: Model, t
     ):
         with pytest.raises(OptionError, match=reason):
             engine.submit(request)
+    with pytest.raises(OptionError, match="sampler picky cannot take these: ValueError: 7 is odd"):
+        engine_for(model, tokenizer, Picky()).submit(Request(params={"pick": 7}))
     with pytest.raises(StateError, match="another architecture"):
         engine.submit(Request(start=Snapshot(State({"x": torch.zeros(1, 1)}), (1,), 0)))
     assert not engine.waiting

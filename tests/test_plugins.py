@@ -83,6 +83,12 @@ def test_a_plugin_may_offer_nothing_today():
     assert plugins.register(plugin(rwkv_backends=[]), "theirs").problem is None
 
 
+def altered(item, **attributes):
+    """The same with other attributes, which a careless author may have given it."""
+    vars(item).update(attributes)
+    return item
+
+
 def raising():
     raise RuntimeError("no licence found\nsecond line")
 
@@ -105,6 +111,14 @@ PROBLEMS = {
     "its hook raised RuntimeError: no licence found": {"rwkv_samplers": raising},
     "its hook raised TypeError: in the middle": {"rwkv_samplers": yields_one_then_raises},
     "its hook raised SystemExit: bye": {"rwkv_samplers": leaves},
+    "sampler 'mine': its params are a dictionary of Param by name": {"rwkv_samplers": [altered(Mine(), params=3)]},
+    "sampler 'mine': its parameter 'share' is not a Param with a number or a text as default": {
+        "rwkv_samplers": [altered(Mine(), params={"share": 0.1})]
+    },
+    "sampler 'mine': `runs` is one of graph, device, host, not 'gpu'": {"rwkv_samplers": [altered(Mine(), runs="gpu")]},
+    "backend 'other': its priority is a whole number, not 'high'": {
+        "rwkv_backends": [altered(Other(), priority="high")]
+    },
     "it implements an unknown hook 'rwkv_sampler'; did you mean rwkv_samplers?": {"rwkv_sampler": [Mine()]},
     "it implements an unknown hook 'on_start'; there are rwkv_architectures, rwkv_backends, rwkv_samplers": {
         "on_start": [Mine()]
@@ -115,6 +129,17 @@ PROBLEMS = {
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_a_broken_plugin_is_refused_with_its_reason(problem):
     assert refused(**PROBLEMS[problem]) == problem
+
+
+def test_a_hook_of_another_version_is_refused_with_what_does_not_fit():
+    class Newer:
+        @hookimpl
+        def rwkv_samplers(self, runtime):
+            return [Mine()]
+
+    problem = Plugins.empty().register(Newer(), "theirs").problem
+    assert problem.startswith("a hook is not as this version has it: Argument(s) {'runtime'}")
+    assert Plugins.empty().register(Newer, "theirs").problem == "it is a class; register a module or an instance"
 
 
 @pytest.mark.parametrize("name", ["", "Mine", "a,b", "a b", "-a", None, 3, "é", "a\n"])

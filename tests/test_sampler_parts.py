@@ -52,6 +52,10 @@ def test_a_value_becomes_a_number_of_its_parameters_type(param: Param, value: ob
         (Param(1.0), True, "top is a number, not True"),
         (Param(3, 0, 9), 2.5, "top is a whole number from 0 to 9, not 2.5"),
         (Param(3, 0), "inf", "top is a whole number from 0 to inf, not inf"),
+        (Param(0), 1 << 63, "top is a whole number of at most 9.0072e+15, not 9223372036854775808"),
+        (Param(1.0), 1e39, "top is a number of at most 3.40282e+38, not 1e+39"),
+        (Param("some"), None, "top is a text, not None"),
+        (Param("some"), False, "top is a text, not False"),
     ],
 )
 def test_a_value_that_does_not_fit_is_refused_with_what_does(param: Param, value: object, reason: str) -> None:

@@ -201,6 +201,14 @@ def test_a_row_that_cannot_be_drawn_from_has_no_probability():
     assert distribution(Floor(), logits).sum(dim=-1).tolist() == [1, 0, 0, 0]
 
 
+def test_a_distribution_has_what_is_set_by_a_text(plugins):
+    logits = torch.tensor([0.6, 0.3, 0.1]).log()
+    got = distribution(plugins.sampler("banned"), logits, banned="0")
+    torch.testing.assert_close(got, torch.tensor([[0.0, 0.75, 0.25]], dtype=torch.float64), rtol=1e-6, atol=1e-6)
+    with pytest.raises(OptionError, match="'99' is none"):
+        distribution(plugins.sampler("banned"), logits, banned="99")
+
+
 def test_a_distribution_takes_no_parameter_that_the_runtime_would_refuse():
     with pytest.raises(OptionError, match="did you mean floor"):
         distribution(Floor(), torch.zeros(4), flor=0.1)

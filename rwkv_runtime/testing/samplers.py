@@ -43,6 +43,7 @@ def distribution(sampler: Sampler, logits: Tensor, **params: float | Sequence[fl
     for row in range(len(rows)):
         given = {name: value if _is_number(value) else value[row] for name, value in params.items()}  # type: ignore[index]
         controls.set(row, check_params(sampler, given), seed=row, position=0)
+        sampler.prime(torch.empty(0, dtype=torch.int64, device=rows.device), controls.view(row, row + 1))
     return _probabilities(sampler.filter(rows.clone(), controls))
 
 
