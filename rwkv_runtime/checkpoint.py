@@ -125,7 +125,7 @@ def _check_tensors(path: Path, size: int, loaded: Mapping[str, object]) -> dict[
             raise CheckpointError(f"{path}: not a dictionary of tensors ({hint}); save the state dict alone")
         if not name.isprintable():
             raise CheckpointError(f"{path}: not a checkpoint (it has a tensor called {name!r:.80})")
-        if t.layout != torch.strided or t.device.type != "cpu" or t.dtype not in FLOATS:
+        if t.is_nested or t.layout != torch.strided or t.device.type != "cpu" or t.dtype not in FLOATS:
             kind = str(t.dtype).removeprefix("torch.")
             raise CheckpointError(f"{path}: tensor {name} is {kind}; dense float32, bfloat16 or float16 is expected")
         if t.numel() * t.element_size() > t.untyped_storage().nbytes():  # a stride of 0 claims any size for free

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -44,6 +45,7 @@ class Engine(Batch):
         self.waiting: deque[Generation] = deque()
         self.active: list[Generation] = []
         self.prefilling: Generation | None = None
+        self._turn = threading.RLock()  # texts of several threads advance together, a step at a time
         self._scratch = model.new_state(1)
         self._inference = torch.inference_mode()  # a tenth of a small model's step would be autograd's bookkeeping
         self._flights = deque(Flight(self.drawn) for _ in range(2))  # the next to start, and the other
@@ -65,7 +67,8 @@ class Engine(Batch):
         for name, value, low in (("max_tokens", request.max_tokens, 1), ("logprobs", request.observe, 0)):
             if type(value) is not int or value < low:
                 raise OptionError(f"{name} is a whole number from {low}, not {value!r}")
-        if request.seconds is not None and not request.seconds > 0:
+        seconds = request.seconds
+        if seconds is not None and not (isinstance(seconds, (int, float)) and seconds > 0):
             raise OptionError(f"seconds is a number above 0, not {request.seconds!r}")
         if type(request.seed) is not int:
             raise OptionError(f"seed is a whole number, not {request.seed!r}")
@@ -73,13 +76,15 @@ class Engine(Batch):
         bad = [t for t in generation.feed if not 0 <= t < self.model.config.vocab_size]
         if bad:
             raise OptionError(f"token id {bad[0]} is not in the model's vocabulary of {self.model.config.vocab_size}")
+        if not all(isinstance(stop, str) for stop in request.stop):
+            raise OptionError("stop is a text or a list of texts")
         if request.start:
             self.state.check(request.start.state)
         return generation
 
     def step(self) -> None:
         """One chunk of one prompt, if any waits, then one token for every active row."""
-        with self._inference:
+        with self._turn, self._inference:
             self._step()
 
     def _step(self) -> None:
@@ -99,11 +104,16 @@ class Engine(Batch):
         Raises SamplingError where its row failed; the text until then has been given.
         """
         try:
-            while generation.pieces or generation.finish is None:
-                if generation.pieces:
-                    yield generation.pieces.popleft()
-                else:
-                    self.step()
+            while True:
+                with self._turn:
+                    if not generation.pieces and generation.finish is None:
+                        self.step()
+                    piece = generation.pieces.popleft() if generation.pieces else None
+                    ended = generation.finish is not None
+                if piece is not None:
+                    yield piece
+                elif ended:
+                    break
         finally:
             self.cancel(generation)
         if generation.error:
@@ -111,6 +121,10 @@ class Engine(Batch):
 
     def cancel(self, generation: Generation) -> None:
         """Ends a request wherever it is; what it has written is kept."""
+        with self._turn, torch.inference_mode():
+            self._cancel(generation)
+
+    def _cancel(self, generation: Generation) -> None:
         if generation.finish is not None:
             return
         if generation in self.active:
@@ -122,7 +136,7 @@ class Engine(Batch):
         """Ends a request that has no row yet."""
         if generation is self.prefilling:
             self.prefilling = None
-        else:
+        elif generation in self.waiting:
             self.waiting.remove(generation)
         generation.close(finish)
 

@@ -103,19 +103,23 @@ class Writing(Iterator[str]):
     def __init__(self, engine: Engine, generation: Generation) -> None:
         self.generation = generation
         self._engine = engine
-        self._pieces = self._write()
-
-    def _write(self) -> Iterator[str]:
-        # Queued when the first piece is asked for: a text nobody reads holds up no other.
-        yield from self._engine.stream(self._engine.enqueue(self.generation))
+        self._pieces = _written(engine, generation)
 
     def __next__(self) -> str:
         return next(self._pieces)
 
     def close(self) -> None:
         """Ends the text here; what was written is kept."""
-        if self.generation in (*self._engine.waiting, *self._engine.active, self._engine.prefilling):
-            self._engine.cancel(self.generation)
+        self._engine.cancel(self.generation)
+
+
+def _written(engine: Engine, generation: Generation) -> Iterator[str]:
+    """Queued when the first piece is asked for: a text nobody reads holds up no other.
+
+    It does not know its `Writing`, whose end is then this one's, at once.
+    """
+    if generation.finish is None:
+        yield from engine.stream(engine.enqueue(generation))
 
 
 class Runtime:
@@ -184,7 +188,7 @@ class Runtime:
     ) -> Request:
         """A request as `generate` makes it; seed None draws one. Raises OptionError for a prompt of another type."""
         tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else token_ids(prompt)
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        stops = (stop,) if isinstance(stop, str) or not isinstance(stop, Iterable) else tuple(stop)
         seed = random.getrandbits(32) if seed is None else seed
         return Request(tokens, params, max_tokens, seed, stops, seconds, observe=logprobs)
 
@@ -230,6 +234,8 @@ class Runtime:
         """
         if isinstance(prompts, str):
             raise OptionError("prompts is a list of texts, not a text")
+        if seed is not None and type(seed) is not int:
+            raise OptionError(f"seed is a whole number, not {seed!r}")
         engine = self.engine(sampler, rows)
         seed = random.getrandbits(32) if seed is None else seed
         generations: list[Generation] = []
@@ -281,7 +287,9 @@ class Runtime:
 def token_ids(tokens: Iterable[int]) -> list[int]:
     """Raises OptionError for anything but whole numbers."""
     try:
-        return [operator.index(token) for token in tokens]
+        if not isinstance(tokens, bytes):
+            return [operator.index(token) for token in tokens]
+        raise TypeError
     except TypeError:
         raise OptionError(f"token ids are a list of whole numbers, not {tokens!r:.40}") from None
 

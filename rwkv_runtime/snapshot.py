@@ -96,8 +96,11 @@ def check_snapshot(path: str | os.PathLike[str]) -> None:
 def _placed(loaded: State, model: Model) -> State:
     state = model.new_state()
     state.check(loaded)
-    if loaded.rows != 1:
-        raise StateError(f"a state of {loaded.rows} texts; one is expected")
+    for name, t in loaded.tensors.items():
+        if t.shape[1] != 1:
+            raise StateError(f"a state of {t.shape[1]} texts; one is expected")
+        if t.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise StateError(f"the state's {name!r} is damaged: it is {t.dtype}")
     state.copy(loaded, 0, 0)
     for name, t in state.tensors.items():
         finite = all(bool(torch.isfinite(read).all()) for read in (loaded[name], t))  # 16 bits hide infinity

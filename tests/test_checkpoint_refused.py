@@ -134,6 +134,7 @@ def test_archives_that_torch_did_not_write(small: Tensors, plugins: Plugins, tmp
         ({"a": torch.ones(2, dtype=torch.int64)}, "tensor a is int64"),
         ({"a": torch.ones(2, dtype=torch.uint8)}, "tensor a is uint8"),
         ({"a": torch.eye(2).to_sparse()}, "tensor a is"),
+        ({"a": torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(3, 3)])}, "tensor a is"),
         ({"a": torch.empty(2, device="meta")}, "tensor a is|damaged"),
         ({"a": torch.zeros(1).expand(1 << 40, 8)}, "more than the file holds"),
         ({f"a{i}": torch.zeros(1).expand(1) for i in range(3)}, "no architecture here can run it"),

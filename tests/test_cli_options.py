@@ -54,8 +54,9 @@ def test_every_option_can_come_from_its_variable(option: click.Option, seen: dic
 def test_parameters_from_the_variable_may_hold_spaces_and_come_in_pairs(seen: dict) -> None:
     assert invoke(OPTION="top_p 0.5 json_schema 'my schema.json'").exit_code == 0
     assert seen["params"] == {"top_p": "0.5", "json_schema": "my schema.json"}
-    result = invoke(OPTION="top_p 0.5 bogus")
-    assert (result.exit_code, "pairs of words" in result.stderr) == (2, True)
+    for words, reason in (("top_p 0.5 bogus", "pairs of words"), ("top_p '0.5", "as a shell has them: No closing")):
+        result = invoke(OPTION=words)
+        assert (result.exit_code, reason in result.stderr) == (2, True)
 
 
 def test_each_parameter_of_the_sampler_comes_from_the_nearest_place(seen: dict, tmp_path: Path) -> None:
@@ -90,6 +91,9 @@ def test_what_is_set_for_other_runs_too_is_not_refused_where_it_is_of_no_use(mon
         (["hi"], {"PROMPTS": "in.jsonl", "OUTPUT": "out.jsonl"}),
         (["--load-state", "."], {"PROMPTS": "in.jsonl", "OUTPUT": "out.jsonl"}),
         (["--chat"], {"TRIALS": "3", "EXPLAIN": "1", "FILE": "prompt.txt", "PROMPTS": "in.jsonl"}),
+        (["hi"], {"LOGPROBS": "3", "FILE": "prompt.txt"}),
+        (["--json"], {"PROMPTS": "in.jsonl", "OUTPUT": "out.jsonl"}),
+        (["--echo"], {"CHAT": "1", "JSON": "1"}),
         (["hi", "--sampler", "greedy"], {"TOP_P": "0.5", "OPTION": "temperature 0.5"}),
     ],
     ids=lambda value: " ".join(value),
@@ -133,6 +137,7 @@ def test_a_misspelt_variable_is_named_in_a_warning_with_the_nearest_right_one(se
         ("temperature = '1'", "temperature is a number"),
         ("option = 3", "option is a table of names and values"),
         ("not toml", "not TOML"),
+        ("seed = " + "9" * 5000, "not TOML"),
     ],
 )
 def test_a_setting_of_the_wrong_type_in_the_file_is_refused_in_one_line(line, message, seen, tmp_path: Path) -> None:

@@ -222,6 +222,7 @@ def test_a_request_that_cannot_be_met_is_refused_when_it_is_made(model: Model, t
         (Request(max_tokens=0), "max_tokens is a whole number from 1, not 0"),
         (Request([260]), "token id 260 is not in the model's vocabulary of 260"),
         (Request([-1]), "token id -1"),
+        (Request(seconds="5"), "seconds is a number above 0, not '5'"),  # type: ignore[arg-type]
         (Request(seconds=0.0), "seconds is a number above 0, not 0.0"),
         (Request(seconds=math.nan), "seconds is a number above 0, not nan"),
         (Request(params={"top_k": -1}), "top_k is a whole number"),

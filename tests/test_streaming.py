@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from engines import Poisoned, Scripted, finish
@@ -172,14 +174,47 @@ def test_a_batch_gives_texts_in_the_order_of_their_prompts(runtime: Runtime) -> 
     assert runtime.generate_batch([]) == []
 
 
+def test_a_text_that_nobody_reads_on_is_given_up_at_once(runtime: Runtime) -> None:
+    for _piece in runtime.generate("Once", max_tokens=3000):
+        break
+    assert runtime.engine().active == []
+    unread = runtime.generate("Once", max_tokens=5)
+    unread.close()
+    assert ([*unread], unread.generation.finish) == ([], "cancelled")
+
+
+def test_threads_may_share_a_runtime(runtime: Runtime) -> None:
+    def write(seed: int) -> str:
+        return "".join(runtime.generate(f"{seed}", max_tokens=12, seed=seed))
+
+    alone = [write(seed) for seed in range(4)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert [*pool.map(write, [*range(4)] * 4)] == alone * 4
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def test_a_stop_that_is_no_text_is_refused_and_leaves_nothing_behind(runtime: Runtime) -> None:
+    for stop in (b"\n", [1], 5, None):
+        with pytest.raises(OptionError, match="stop is a text or a list of texts"):
+            runtime.generate("Once", stop=stop)  # type: ignore[arg-type]
+    assert "".join(runtime.generate("Once", max_tokens=2, stop=[])) != ""
+
+
 def test_a_batch_of_no_rows_or_of_one_text_is_refused(runtime: Runtime) -> None:
     for rows in (0, -1, 2.0):
         with pytest.raises(OptionError, match=f"rows is a whole number from 1, not {rows}"):
             runtime.generate_batch(["a"], rows=rows)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="prompts is a list of texts, not a text"):
         runtime.generate_batch("abc")
-    with pytest.raises(OptionError, match="token ids are a list of whole numbers, not None"):
-        runtime.generate(None)  # type: ignore[arg-type]
+    for prompt in (None, b"bytes"):
+        with pytest.raises(OptionError, match="token ids are a list of whole numbers"):
+            runtime.generate(prompt)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="seed is a whole number, not 'x'"):
+        runtime.generate_batch(["a"], seed="x")  # type: ignore[arg-type]
 
 
 def test_a_batch_that_fails_leaves_nothing_running(runtime: Runtime) -> None:

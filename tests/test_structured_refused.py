@@ -80,6 +80,7 @@ OTHERWISE_WRONG = [
     ({"json_schema": "/dev/null"}, "not a regular file"),
     ({"json_schema": "."}, "not a regular file"),
     ({"json_schema": '{"const": "' + "x" * 2**17 + '"}'}, "longer than"),
+    ({"grammar": "start " * 100_000}, "longer than"),
     ({"json_schema": "{}", "regex": "a"}, "json_schema and regex exclude each other"),
     ({"regex": "(a"}, "unclosed group"),
     ({"regex": r"[^\s\S]"}, "nothing can satisfy"),

@@ -56,22 +56,30 @@ def grammar_of(texts: Mapping[str, str]) -> str | None:
         return None
     (kind,) = given
     text = texts[kind]
+    _check_size(kind, text)
     if kind != "regex" and not _is_source(kind, text):
         text = _read(kind, text)
+        _check_size(kind, text)
+    grammar = _translated(kind, text)
+    _try_out(kind, grammar)
+    return grammar
+
+
+def _check_size(kind: str, text: str) -> None:
+    """Before anything looks at it that takes longer than reading it once."""
     try:
         size = len(text.encode())
     except UnicodeEncodeError as error:
         raise OptionError(f"{kind}: character {error.start + 1} is not Unicode text") from None
     if size > MAX_BYTES:
         raise OptionError(f"{kind}: longer than {MAX_BYTES} bytes")
-    grammar = _translated(kind, text)
-    _try_out(kind, grammar)
-    return grammar
 
 
 def _is_source(kind: str, text: str) -> bool:
     """Whether this is the schema or the grammar itself, not the name of a file with it."""
-    return text.lstrip().startswith("{") if kind == "json_schema" else bool(re.search(r"\bstart\b[^\n]*:", text))
+    if kind == "json_schema":
+        return text.lstrip().startswith("{")
+    return any(re.search(r"\bstart\b", line.rpartition(":")[0]) for line in text.split("\n"))
 
 
 def _read(kind: str, name: str) -> str:

@@ -116,16 +116,17 @@ class _Check:
         target = unquote(reference) if isinstance(reference, str) else ""
         if not re.match(r"#(/|$)", target):
             _refuse(place, "a '$ref' is supported within the schema alone, as in '#/$defs/NAME'")
-        value = self.root
+        value, place_of_it = self.root, ""  # one spelling for each place, whatever the reference's: it is looked up
         for part in target[1:].split("/")[1:]:
             key = part.replace("~1", "/").replace("~0", "~")
+            place_of_it += f"/{_escaped(key)}"
             if isinstance(value, list) and re.fullmatch(r"0|[1-9][0-9]{0,6}", key) and int(key) < len(value):
                 value = value[int(key)]
             elif isinstance(value, dict) and key in value:
                 value = value[key]
             else:
                 _refuse(place, f"the '$ref' {target[:100]!r} leads nowhere")
-        return target[1:], value
+        return place_of_it, value
 
     def number(self, place: str, value: object) -> None:
         if isinstance(value, bool) or not isinstance(value, (int, float)):

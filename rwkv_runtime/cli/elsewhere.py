@@ -18,16 +18,24 @@ def of_use(options: Mapping[str, Any], plugins: Plugins) -> dict[str, Any]:
 
     What was typed is left as it is, to be refused.
     """
-    kept = dict(options)
+    kept, typed = dict(options), options["typed"]
 
     def drop(unset: Mapping[str, Any]) -> None:
-        kept.update({name: value for name, value in unset.items() if name not in options["typed"]})
+        kept.update({name: value for name, value in unset.items() if name not in typed})
 
-    if options["typed"] & {*CHAT, "prompts"}:
+    if "prompt" in typed:
+        drop({"file": None})
+    if "as_json" in typed:
+        drop({"prompts": None})
+    if "echo" in typed and options["echo"]:
+        drop({"chat": False, "prompts": None, "as_json": False})
+    if typed & {*CHAT, "prompts"}:
         drop({"chat": False})
-    if options["typed"] & {*PROMPTS, "chat"}:
+    if typed & {*PROMPTS, "chat"}:
         drop({"prompts": None})
     drop(CHAT if kept["chat"] else PROMPTS if kept["prompts"] else {})
+    if not (kept["as_json"] or kept["explain"] or kept["prompts"]):
+        drop({"logprobs": None})
     kept["params"] = _of_the_sampler(options, plugins)
     return kept
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
@@ -96,7 +97,10 @@ def _options_of(ctx: click.Context, place: ParameterSource) -> Iterable[tuple[st
     if place == ParameterSource.DEFAULT_MAP:
         given = (ctx.default_map or {}).get("option", ())
     elif place == ParameterSource.ENVIRONMENT:
-        words = shlex.split(os.environ.get(OPTION_VARIABLE, ""))
+        try:
+            words = shlex.split(os.environ.get(OPTION_VARIABLE, ""))
+        except ValueError as error:
+            raise click.BadParameter(f"{OPTION_VARIABLE} holds words as a shell has them: {error}") from None
         if len(words) % 2:
             raise click.BadParameter(f"{OPTION_VARIABLE} holds pairs of words, KEY VALUE; it has {len(words)} words")
         given = zip(words[::2], words[1::2], strict=True)
@@ -142,7 +146,7 @@ def read_config(ctx: click.Context, param: click.Parameter, value: str | None) -
         if problem:
             raise click.BadParameter(f"{value}: {key} is {problem}", ctx, param)
         if name == "option":
-            setting = [(k, str(v)) for k, v in setting.items()]
+            setting = [(k, json.dumps(v) if isinstance(v, (dict, list)) else str(v)) for k, v in setting.items()]
         elif option.multiple and isinstance(setting, str):
             setting = [setting]
         defaults[str(option.name)] = setting
@@ -182,5 +186,5 @@ def _parse_toml(path: str) -> dict[str, Any]:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise click.BadParameter(f"{path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, numbers of thousands of digits
         raise click.BadParameter(f"{path}: not TOML: {error}") from None
