@@ -49,6 +49,21 @@ def test_a_correct_sampler_passes(sampler):
     assert check_sampler(sampler) is None
 
 
+def test_a_sampler_on_the_host_may_filter_by_what_its_prompt_left_in_its_notes():
+    class Prompted(Floor):
+        name, runs = "prompted", "host"
+
+        def prime(self, tokens, controls):
+            controls.notes[0]["last"] = int(tokens[-1])
+
+        def filter(self, logits, controls):
+            kept = logits.clone()
+            kept[:, 0] -= torch.tensor([note["last"] for note in controls.notes])
+            return super().filter(kept, controls)
+
+    check_sampler(Prompted())
+
+
 def test_a_sampler_that_says_it_refuses_bad_rows_must_do_so():
     class Careless(Floor):
         refuses = True
@@ -60,13 +75,16 @@ def test_a_sampler_that_says_it_refuses_bad_rows_must_do_so():
         check_sampler(Careless())
 
 
-def broken(filter=None, *, sample=None, update=None, runs="graph", params=None):
+def broken(filter=None, *, sample=None, update=None, prime=None, prepare=None, runs="graph", params=None, slots=None):
     """Floor with some of its parts replaced."""
     sampler = Floor()
     sampler.name, sampler.runs = "mine", runs
+    if slots is not None:
+        sampler.slots = lambda vocab_size: slots
     if params is not None:
         sampler.params = params
-    for name, method in (("filter", filter), ("sample", sample), ("update", update)):
+    methods = {"filter": filter, "sample": sample, "update": update, "prime": prime, "prepare": prepare}
+    for name, method in methods.items():
         if method:
             setattr(sampler, name, method)
     return sampler
@@ -92,6 +110,22 @@ def sorts_once(z, controls):
 def forgets_its_seed(z, controls):
     kept = Floor().filter(z, controls)
     return (kept + torch.rand_like(kept)).argmax(-1)  # an id that filter keeps, whatever the numbers: found at each run
+
+
+COUNT = {"count": TensorSpec((1,), torch.int64)}
+
+
+def raising(controls):
+    raise ValueError("not ready")
+
+
+def counts_too_early(z, controls):
+    controls.slots["count"].add_(1)
+    return z
+
+
+def replaces_its_slot(tokens, z, controls):
+    controls.slots["count"] = controls.slots["count"] + 1
 
 
 MISTAKES = {
@@ -122,6 +156,10 @@ MISTAKES = {
         params={"k": Param(5, 1, 1000)},
     ),
     "runs is 'gpu', not one of graph, device, host": broken(runs="gpu"),
+    "raises IndexError: index": broken(prime=lambda tokens, c: tokens[99]),
+    "raises ValueError: not ready": broken(prepare=raising, runs="host"),
+    "changes its slots before a token is drawn": broken(counts_too_early, slots=COUNT),
+    "puts another tensor in the place of a slot": broken(update=replaces_its_slot, slots=COUNT),
     "(logits: all equal; floor=0.1)": broken(lambda z, c: z / (z != 0).any(-1, keepdim=True)),
 }
 

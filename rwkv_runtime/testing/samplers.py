@@ -52,7 +52,7 @@ def check_sampler(sampler: Sampler, *, vocab_size: int = 64) -> None:
 
     Raises AssertionError with one line for each mistake: a parameter whose default is out of its bounds, or that its
     own `check` refuses; a call that raises; a wrong shape or dtype; NaN, a masked id or nothing at all to draw from;
-    logits or controls changed; a row that depends on its batch-mates; draws that do not repeat, or that do not follow
+    logits or controls changed, slots by more than `prime` and `update`, or not in place; a row that depends on its batch-mates; draws that do not repeat, or that do not follow
     `filter`; with `refuses`, a draw from a row with NaN or +inf or nothing in it; and, where `runs` is "graph", a call
     that waits for the host.
     """
@@ -67,9 +67,16 @@ def check_sampler(sampler: Sampler, *, vocab_size: int = 64) -> None:
             lambda: _frequency_problem(sampler, "seed") or _frequency_problem(sampler, "position"),
             lambda: _host_problem(sampler, vocab_size) if sampler.runs == "graph" else None,
         ]
-        problems = [problem for check in checks if (problem := check())]
+        problems = [problem for check in checks if (problem := _said(check))]
     if problems:
         raise AssertionError("\n".join(f"sampler {sampler.name}: {problem}" for problem in problems))
+
+
+def _said(check: Callable[[], str | None]) -> str | None:
+    try:
+        return check()
+    except Exception as error:  # whatever a stranger's sampler raises is the finding
+        return f"raises {reason(error)}{author_line(error)}"
 
 
 def _parameter_problems(sampler: Sampler) -> Iterator[str]:
@@ -95,6 +102,7 @@ def _controls(sampler: Sampler, cases: Sequence[Case], vocab_size: int) -> Contr
     controls = Controls.allocate(sampler, len(cases), vocab_size, torch.device("cpu"))
     for row, case in enumerate(cases):
         controls.set(row, case.values, case.seed, position=7)
+        sampler.prime(torch.arange(7) % min(vocab_size, 5), controls.view(row, row + 1))
     return controls
 
 
@@ -103,9 +111,11 @@ def _play(sampler: Sampler, cases: Sequence[Case]) -> _Played:
     logits = torch.stack([case.logits for case in cases])  # [B, V]
     controls = _controls(sampler, cases, logits.shape[-1])
     watched = (*controls.values.values(), controls.seed, controls.position)
-    played = _Played([], [], None)
+    played, slots = _Played([], [], None), dict(controls.slots)
     for _ in range(STEPS):
+        sampler.prepare(controls)
         given, twin, before = logits.clone(), logits.clone(), [t.clone() for t in watched]
+        memory = [slot.clone() for slot in slots.values()]
         kept = sampler.filter(given, controls).clone()
         if kept.shape != logits.shape or kept.dtype != torch.float32:
             return played._replace(problem=f"filter gives {describe(kept)}, not float32 {list(logits.shape)}")
@@ -116,9 +126,13 @@ def _play(sampler: Sampler, cases: Sequence[Case]) -> _Played:
             return played._replace(problem="changes the logits it is given; write the result to a new tensor")
         if not all(map(_same, before, watched)):
             return played._replace(problem="changes the parameters, the seed or the position in its controls")
+        if not all(map(_same, memory, slots.values())):
+            return played._replace(problem="changes its slots before a token is drawn; only prime and update may")
         played.kept.append(kept)
         played.drawn.append(drawn)
         sampler.update(torch.where(logits.amax(dim=-1).isfinite(), drawn, -1), logits, controls)
+        if any(controls.slots[name] is not slot for name, slot in slots.items()):
+            return played._replace(problem="puts another tensor in the place of a slot; write into it")
         controls.position.add_(1)
     return played
 
@@ -185,6 +199,12 @@ def _frequency_problem(sampler: Sampler, varied: str) -> str | None:
     """Draws often from one row, and counts."""
     logits = torch.linspace(0, -3, 12).expand(DRAWS, -1).contiguous()  # [N, V]
     controls = Controls.allocate(sampler, DRAWS, 12, logits.device)
+    sampler.prime(torch.arange(7) % 5, controls.view(0, 1))
+    for note in controls.notes:  # all begin as the first one has
+        note.update(controls.notes[0])
+    for slot in controls.slots.values():
+        slot[1:] = slot[0]
+    sampler.prepare(controls)
     numbers = torch.arange(DRAWS)[:, None]
     (controls.seed if varied == "seed" else controls.position).copy_(numbers)
     p = _probabilities(sampler.filter(logits.clone(), controls))
