@@ -52,9 +52,9 @@ def check_sampler(sampler: Sampler, *, vocab_size: int = 64) -> None:
 
     Raises AssertionError with one line for each mistake: a parameter whose default is out of its bounds, or that its
     own `check` refuses; a call that raises; a wrong shape or dtype; NaN, a masked id or nothing at all to draw from;
-    logits or controls changed, slots by more than `prime` and `update`, or not in place; a row that depends on its batch-mates; draws that do not repeat, or that do not follow
-    `filter`; with `refuses`, a draw from a row with NaN or +inf or nothing in it; and, where `runs` is "graph", a call
-    that waits for the host.
+    logits or controls changed, slots by more than `prime` and `update`, or not in place; a row that depends on its
+    batch-mates; draws that do not repeat, or that do not follow `filter`; with `refuses`, a draw from a row with NaN or
+    +inf or nothing in it; and, where `runs` is "graph", a call that waits for the host.
     """
     problems = list(_parameter_problems(sampler))
     cases = list(cases_of(sampler, vocab_size)) if not problems else []
