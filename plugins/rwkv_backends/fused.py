@@ -61,7 +61,7 @@ class Fused(Backend):
 
     def warm_up(self, architecture: Architecture, device: torch.device) -> None:
         """Triton hashes itself, 400 MB, before it loads its first kernel; meanwhile cuBLAS begins, and loads what it
-        multiplies 16 bits with: a quarter of a second."""
+        multiplies 16 bits with."""
         if device.type == "cuda" and architecture.name in FAMILIES:
             import_module(FAMILIES[architecture.name])
             with ThreadPoolExecutor(1) as beside:

@@ -68,7 +68,7 @@ def shifted(x: Tensor, prev: Tensor, T: int) -> Tensor:
     return (torch.cat([prev.double().unsqueeze(1), by_row[:, :-1]], 1) - by_row).view(-1, C)
 
 
-def close(dtype: torch.dtype, *pairs: tuple[Tensor, Tensor]) -> None:
+def assert_close(dtype: torch.dtype, *pairs: tuple[Tensor, Tensor]) -> None:
     for ours, theirs in pairs:
         assert apart(ours, theirs) < TOLERANCE[dtype]
 

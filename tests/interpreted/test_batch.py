@@ -7,7 +7,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from drawn import TUNING, C, Draw, R, close, near_enough, normed, shifted, stepped
+from drawn import TUNING, C, Draw, R, assert_close, near_enough, normed, shifted, stepped
 from helpers import CPU
 from rwkv_backends.fused import FAMILIES
 from rwkv_backends.kernels import batch
@@ -28,7 +28,7 @@ def test_a_layer_begins(dtype: torch.dtype, parts: int) -> None:
     dx, out = batch.begin(x, None if first else (r, v), 1.0 if first else 0.5, prev, norm, maa, TUNING)
     e = normed(x, norm)
     far = shifted(e, before, 1)
-    close(dtype, (x, twin), (prev, e), (dx, far), (out, e + far * maa.double()))
+    assert_close(dtype, (x, twin), (prev, e), (dx, far), (out, e + far * maa.double()))
 
 
 def test_the_last_layer_ends(dtype: torch.dtype) -> None:
@@ -36,7 +36,7 @@ def test_the_last_layer_ends(dtype: torch.dtype) -> None:
     x, norm, r, v = draw(B, C), draw.norm(), draw(B, C), draw(2, B, C)
     twin = x.double() + torch.sigmoid(r.double()) * v.double().sum(0)
     out = batch.end(x, (r, v), 1.0, norm, TUNING)
-    close(dtype, (x, twin), (out, normed(x, norm)))
+    assert_close(dtype, (x, twin), (out, normed(x, norm)))
 
 
 @pytest.mark.parametrize("parts", [0, 1, 3])
@@ -47,7 +47,7 @@ def test_shift(dtype: torch.dtype, parts: int) -> None:
     k, r = batch.shift(x, gain if parts else None, prev, norm, maa, TUNING)
     e = normed(x, norm)
     dx = shifted(e, before, 1)
-    close(dtype, (x, twin), (k, e + dx * maa[0].double()), (r, e + dx * maa[1].double()), (prev, e))
+    assert_close(dtype, (x, twin), (k, e + dx * maa[0].double()), (r, e + dx * maa[1].double()), (prev, e))
 
 
 @pytest.mark.parametrize("parts", [1, 3])
@@ -57,7 +57,7 @@ def test_mixtures(dtype: torch.dtype, rows: int, parts: int) -> None:
     lora, e, dx, w = draw(parts, rows, 5 * R), draw(rows, C), draw(rows, C), draw(5, R + 1, C)
     low = torch.tanh(lora.double().sum(0)).view(rows, 5, R).transpose(0, 1)
     twin = e.double() + dx.double() * (torch.bmm(low, w.double()[:, :R]) + w.double()[:, R:])
-    close(dtype, (batch.mixtures(lora, e, dx, w, TUNING), twin))
+    assert_close(dtype, (batch.mixtures(lora, e, dx, w, TUNING), twin))
 
 
 @pytest.mark.parametrize("quant", [None, "int8"])

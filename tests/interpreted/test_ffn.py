@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from drawn import TUNING, B, C, Draw, close, normed, shifted, stored
+from drawn import TUNING, B, C, Draw, assert_close, normed, shifted, stored
 from helpers import apart
 from rwkv_backends.kernels.ffn import channel_mixing
 from rwkv_layers.linear import Matrix
@@ -40,7 +40,7 @@ def test_channel_mixing_in_one(
     shift, tuning = maa if gated else (maa[0], None), TUNING
     tuning = replace(tuning, programs=programs, key_rows=key_rows, key_ahead=key_ahead)
     channel_mixing(x, prev, norm, shift, key, receptance if gated else None, turned, 0.5, tuning)
-    close(dtype, (x, twin))
+    assert_close(dtype, (x, twin))
     assert apart(prev, e) < (1e-6 if dtype == torch.float32 else 0.01)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from drawn import TUNING, B, C, D, Draw, R, V, close, normed, shifted, stored
+from drawn import TUNING, B, C, D, Draw, R, V, assert_close, normed, shifted, stored
 from helpers import apart
 from rwkv_backends.kernels import mixing, vector, wkv6
 from rwkv_backends.kernels.tuning import Tuning
@@ -19,7 +19,7 @@ DECAYS = {"usual": (-3.0, 0.5), "strong": (2.0, 3.0), "dead": (5.0, 80.0), "weak
 def test_embed(dtype: torch.dtype) -> None:
     draw = Draw(dtype)
     tokens, emb, norm = torch.tensor([3, 0, 36]), draw(V, C), draw.norm()
-    close(dtype, (mixing.embed(tokens, emb, norm, TUNING), normed(emb[tokens], norm)))
+    assert_close(dtype, (mixing.embed(tokens, emb, norm, TUNING), normed(emb[tokens], norm)))
 
 
 def test_shift_lora(dtype: torch.dtype, tuning: Tuning) -> None:
@@ -28,7 +28,7 @@ def test_shift_lora(dtype: torch.dtype, tuning: Tuning) -> None:
     ours = vector.shift_lora(x, prev, norm, maa, w, tuning)
     e = normed(x, norm)
     dx = shifted(e, prev, 1)
-    close(dtype, *zip(ours, (e, dx, (e + dx * maa.double()) @ w.double().t()), strict=True))
+    assert_close(dtype, *zip(ours, (e, dx, (e + dx * maa.double()) @ w.double().t()), strict=True))
 
 
 def test_lerps_of_few_rows(dtype: torch.dtype) -> None:
@@ -36,7 +36,7 @@ def test_lerps_of_few_rows(dtype: torch.dtype) -> None:
     e, dx, w, lora, prev = draw(B, C), draw(B, C), draw(5, R + 1, C), draw(B, 5 * R), draw(B, C)
     ours = vector.lerps(lora, e, dx, w, prev, TUNING)
     low = torch.tanh(lora.double()).view(B, 5, R).transpose(0, 1)
-    close(dtype, (ours, e + dx * (torch.bmm(low, w.double()[:, :R]) + w.double()[:, R:])))
+    assert_close(dtype, (ours, e + dx * (torch.bmm(low, w.double()[:, :R]) + w.double()[:, R:])))
     assert torch.equal(prev, e)
 
 
@@ -46,7 +46,7 @@ def test_kvrg(dtype: torch.dtype, int8: bool, tuning: Tuning) -> None:
     matrices, w = stored(draw(4, C, C), int8)
     ours = vector.kvrg(mixed, matrices, low, tuning)
     twins = torch.bmm(mixed[1:].double(), w.transpose(1, 2)), mixed[0].double() @ low.double().t()
-    close(dtype, *zip(ours, twins, strict=True))
+    assert_close(dtype, *zip(ours, twins, strict=True))
 
 
 def test_add_product(dtype: torch.dtype, int8: bool, tuning: Tuning) -> None:
@@ -55,14 +55,14 @@ def test_add_product(dtype: torch.dtype, int8: bool, tuning: Tuning) -> None:
     matrix, w = stored(draw.matrix(C, C), int8)
     twin = x.double() + y.double() @ w.t()
     vector.add_product(y, matrix, x, tuning)
-    close(dtype, (x, twin))
+    assert_close(dtype, (x, twin))
 
 
 def test_relu_squared(dtype: torch.dtype) -> None:
     k = Draw(dtype)(100, 170)  # more than two programs' share, and not a multiple of it
     twin = torch.relu(k.double()) ** 2
     assert mixing.relu_squared(k, TUNING) is k
-    close(dtype, (k, twin))
+    assert_close(dtype, (k, twin))
 
 
 def test_head(dtype: torch.dtype, int8: bool, tuning: Tuning) -> None:
@@ -71,7 +71,7 @@ def test_head(dtype: torch.dtype, int8: bool, tuning: Tuning) -> None:
     matrix, w = stored(draw.matrix(V, C), int8)
     ours = vector.head(x, norm, matrix, tuning)
     assert ours.dtype == torch.float32
-    close(dtype, (ours, normed(x, norm) @ w.t()))
+    assert_close(dtype, (ours, normed(x, norm) @ w.t()))
 
 
 @pytest.mark.parametrize(("mean", "first"), [(100.0, 0.0), (0.0, 1000.0)])
@@ -113,7 +113,7 @@ def test_one_token_through_the_wkv(dtype: torch.dtype, decay: str, N: int) -> No
     o, end = recurrence(kvrg, decays, u, kv[:B])
     spare = kv[B].clone()
     out = wkv6.wkv(kvrg, low, w, raw, u, norm, kv[:B], draw(1), TUNING)
-    close(dtype, (out, gated(o, kvrg[3], norm)), (kv[:B], end))
+    assert_close(dtype, (out, gated(o, kvrg[3], norm)), (kv[:B], end))
     assert out.dtype == dtype
     assert torch.equal(kv[B], spare)
 
@@ -125,6 +125,6 @@ def test_a_state_in_float16_stops_at_its_largest_number() -> None:
     u, norm, kv = draw(H, N), (draw(H, N), draw(H, N)), draw(B, H, N, N).mul(1e5).clamp(-65504, 65504).half()
     o, end = recurrence(kvrg, torch.ones(B, H * N), u, kv)
     out = wkv6.wkv(kvrg, low, w, raw, u, norm, kv, draw(1), TUNING)
-    close(torch.float32, (out, gated(o, kvrg[3], norm)))
+    assert_close(torch.float32, (out, gated(o, kvrg[3], norm)))
     assert bool((end.abs() > 65520).any())
     torch.testing.assert_close(kv, end.clamp(-65504, 65504).half())

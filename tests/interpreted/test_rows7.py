@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from drawn import TUNING, Draw, close, near_enough, stepped
+from drawn import TUNING, Draw, assert_close, near_enough, stepped
 from rwkv_backends.kernels import adapters7, wkv7
 from rwkv_backends.kernels.adapters7 import Adapters
 from rwkv_backends.kernels.wkv7 import Heads
@@ -62,7 +62,7 @@ def test_one_token_of_many_rows(dtype: torch.dtype, decay: str, N: int, layer: i
     kv = case.kv.clone()
     out = wkv7.rows(case.rkv, case.raw, case.heads, case.first, kv[:B], case.rkv, TUNING)
     assert out.dtype == dtype
-    close(dtype, *zip((out, kv[:B]), case.expected(case.raw), strict=True))
+    assert_close(dtype, *zip((out, kv[:B]), case.expected(case.raw), strict=True))
     assert torch.equal(kv[B], case.kv[B])
 
 
@@ -85,7 +85,7 @@ def test_one_token_of_few_rows(dtype: torch.dtype, decay: str, layer: int) -> No
     low = low.view(B, -1)
     out = wkv7.few(case.rkv, low, adapters, case.heads, case.first, kv[:B], normed, prev, TUNING)
     assert out.dtype == dtype
-    close(dtype, *zip((out, kv[:B]), case.expected(raw), strict=True))
+    assert_close(dtype, *zip((out, kv[:B]), case.expected(raw), strict=True))
     assert torch.equal(prev, normed)
     assert torch.equal(kv[B], case.kv[B])
 
@@ -95,7 +95,7 @@ def test_keys_of_zero_change_nothing_but_by_decay() -> None:
     case.rkv[1] = 0
     kv = case.kv.clone()
     out = wkv7.rows(case.rkv, case.raw, case.heads, None, kv[:B], case.rkv, TUNING)
-    close(torch.float32, *zip((out, kv[:B]), case.expected(case.raw), strict=True))
+    assert_close(torch.float32, *zip((out, kv[:B]), case.expected(case.raw), strict=True))
 
 
 @pytest.mark.parametrize("n", [3, 4])
@@ -104,7 +104,7 @@ def test_activate(dtype: torch.dtype, n: int) -> None:
     twin = low.double()
     twin[-2], twin[-1] = torch.tanh(twin[-2]), torch.sigmoid(twin[-1])
     adapters7.activate(low, TUNING)
-    close(dtype, (low, twin))
+    assert_close(dtype, (low, twin))
 
 
 @pytest.mark.parametrize("quant", [None, "int8"])

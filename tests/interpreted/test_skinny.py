@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from drawn import TUNING, C, D, Draw, close, stored
+from drawn import TUNING, C, D, Draw, assert_close, stored
 from rwkv_backends.kernels import skinny
 
 SKINNY = replace(TUNING, skinny_cols=16)  # of 40 columns, three tiles; of few rows in 8 bits two
@@ -24,7 +24,7 @@ def test_the_parts_of_a_product_add_up(
     parts = skinny.parts(x, matrix, SKINNY)
     turns = 2 if int8 and rows <= 16 else 3
     assert parts.shape == (min(turns, 3 if programs == 132 else programs), rows, width)
-    close(dtype, (parts.sum(0), x.double() @ w.t()))
+    assert_close(dtype, (parts.sum(0), x.double() @ w.t()))
 
 
 @pytest.mark.parametrize("then", ["", "square"])
@@ -37,11 +37,11 @@ def test_several_products_beside_another(dtype: torch.dtype, int8: bool, rows: i
     out, other_out = skinny.pair(x, matrices, then, other_x, other, torch.float32, SKINNY)
     twin = torch.bmm(x.double(), w.transpose(1, 2))
     assert other_out.dtype == torch.float32
-    close(dtype, (out, twin.relu() ** 2 if then else twin), (other_out, other_x.double() @ other_w.t()))
+    assert_close(dtype, (out, twin.relu() ** 2 if then else twin), (other_out, other_x.double() @ other_w.t()))
 
 
 def test_adapters_in_float32_are_multiplied_so(dtype: torch.dtype) -> None:
     """As a CPU has them; x may be narrower."""
     draw = Draw(dtype)
     x, (matrix, w) = draw(3, C), stored(Draw(torch.float32).matrix(D, C), False)
-    close(torch.float32, (skinny.parts(x, matrix, SKINNY).sum(0), x.double() @ w.t()))
+    assert_close(torch.float32, (skinny.parts(x, matrix, SKINNY).sum(0), x.double() @ w.t()))

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from drawn import TUNING, B, C, Draw, R, close, normed, shifted
+from drawn import TUNING, B, C, Draw, R, assert_close, normed, shifted
 from rwkv_backends.kernels import mixing, tokens
 from rwkv_backends.kernels.tokens import Shift
 
@@ -26,7 +26,7 @@ def test_shift(dtype: torch.dtype, T: int, program: int) -> None:
         last = torch.empty_like(prev)
         out = tokens.shift(x, Shift(prev, norm, to, last), tuning)
         twins = torch.stack([e if one is None else e + dx * one.double() for one in to])
-        close(dtype, (out, twins), (last, e.view(B, T, C)[:, -1]))
+        assert_close(dtype, (out, twins), (last, e.view(B, T, C)[:, -1]))
 
 
 @pytest.mark.parametrize("T", [1, 2, 7])
@@ -43,7 +43,7 @@ def test_gate_and_shift(dtype: torch.dtype, T: int, program: int) -> None:
     e = normed(out, to.norm)
     dx = shifted(e, prev, T)
     assert to.maa[1] is not None
-    close(dtype, (out, twin), (a, e), (b, e + dx * to.maa[1].double()), (last, e.view(B, T, C)[:, -1]))
+    assert_close(dtype, (out, twin), (a, e), (b, e + dx * to.maa[1].double()), (last, e.view(B, T, C)[:, -1]))
 
 
 @pytest.mark.parametrize("T", [1, 7, 18])
@@ -53,5 +53,5 @@ def test_mixtures_of_what_is_shifted_there(dtype: torch.dtype, T: int) -> None:
     before, dx = prev.clone(), shifted(e.double(), prev, T)
     mixed = mixing.lerps(lora, e, w, prev, T, TUNING)
     low = torch.tanh(lora.double()).view(B * T, 5, R).transpose(0, 1)
-    close(dtype, (mixed, e.double() + dx * (torch.bmm(low, w.double()[:, :R]) + w.double()[:, R:])))
+    assert_close(dtype, (mixed, e.double() + dx * (torch.bmm(low, w.double()[:, :R]) + w.double()[:, R:])))
     assert torch.equal(prev, before)
