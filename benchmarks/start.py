@@ -63,7 +63,9 @@ def read(path: Path, device: str) -> float:
 def start_ours(path: Path, backend: str, dtype: str, device: str) -> list[float]:
     """Readings of the clock: after the imports, the load, the preparation and the first token."""
     import rwkv_runtime
+    from rwkv_runtime import driver
 
+    driver.begin(device)  # as rwkv-run does
     rwkv_runtime.load  # noqa: B018  (imports torch)
     times = [time.perf_counter()]
     model = rwkv_runtime.load(path, backend=backend, dtype=dtype, device=device)

@@ -60,12 +60,12 @@ class Fused(Backend):
         return None
 
     def warm_up(self, architecture: Architecture, device: torch.device) -> None:
-        """Triton hashes itself, 400 MB, before it loads its first kernel; meanwhile cuBLAS begins, and loads what it
-        multiplies 16 bits with."""
+        """Triton hashes itself, 400 MB, before it loads its first kernel; meanwhile kernels are imported, and cuBLAS
+        begins and loads what it multiplies 16 bits with."""
         if device.type == "cuda" and architecture.name in FAMILIES:
-            import_module(FAMILIES[architecture.name])
             with ThreadPoolExecutor(1) as beside:
                 beside.submit(_hash_triton)
+                import_module(FAMILIES[architecture.name])
                 square = torch.zeros(1, 1024, 1024, dtype=torch.bfloat16, device=device)
                 logits = torch.bmm(square, square)[0].addmm_(square[0], square[0]).float()
             self._settle(logits)
@@ -80,7 +80,8 @@ class Fused(Backend):
             for length in tuning.prompts:
                 logits = short(torch.zeros(1, length, dtype=torch.int64, device=model.device), model.new_state())
             self._settle(logits.float())  # as an engine keeps them
-            return CapturedPrompts(forward, model, self._graphs, chunk_size(model.device))
+            lengths = {chunk_size(model.device, waited_for) for waited_for in (False, True)}
+            return CapturedPrompts(forward, model, self._graphs, lengths)
         return forward
 
     def _settle(self, logits: Tensor) -> None:

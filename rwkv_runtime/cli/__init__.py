@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from rwkv_runtime import __version__
+from rwkv_runtime import __version__, driver
 from rwkv_runtime.cli.command import OneLineCommand, nothing_to_lose
 from rwkv_runtime.cli.formats import FORMATS
 from rwkv_runtime.cli.options import (
@@ -94,6 +94,8 @@ def command(ctx: click.Context, /, **options: Any) -> None:
     """
     if warning := unknown_variables(ctx):
         click.echo(f"warning: {warning}", err=True)
+    if not options["table"]:
+        driver.begin(options["device"])
     with nothing_to_lose():
         from rwkv_runtime.cli.run import run  # torch is loaded here
 

@@ -1,0 +1,95 @@
+"""A GPU's driver begins while torch is imported."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from rwkv_runtime import driver
+from rwkv_runtime.cli import command
+
+
+class Library:
+    """A driver that notes what is asked of it, and refuses one thing."""
+
+    def __init__(self, refused: str = "") -> None:
+        self.asked: list[tuple[str, int]] = []
+        self.refused = refused
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        def asked(*arguments: Any) -> int:
+            last = arguments[-1]
+            self.asked.append((name, last.value if isinstance(last, ctypes.c_int) else last))
+            return int(name == self.refused)
+
+        return asked
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> Library:
+    library = Library()
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
+    return library
+
+
+@pytest.mark.parametrize(("device", "index"), [(None, 0), ("cuda", 0), ("cuda:3", 3)])
+def test_it_makes_the_context_of_the_device_that_is_named(library: Library, device: str | None, index: int) -> None:
+    thread = driver.begin(device)
+    assert thread is not None
+    thread.join()
+    assert [name for name, _ in library.asked] == ["cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain"]
+    assert library.asked[:2] == [("cuInit", 0), ("cuDeviceGet", index)]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:", "cuda:x", "mps", "a word", ""])
+def test_it_does_nothing_for_what_is_no_gpu(library: Library, device: str) -> None:
+    thread = driver.begin(device)
+    if thread is not None:
+        thread.join()
+    assert bool(library.asked) == (device == "")  # which is as if nothing had been said
+
+
+@pytest.mark.parametrize("refused", ["cuInit", "cuDeviceGet"])
+def test_what_the_driver_refuses_ends_it(monkeypatch: pytest.MonkeyPatch, refused: str) -> None:
+    library = Library(refused)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
+    assert not driver._make_context(0)
+    assert library.asked[-1][0] == refused
+
+
+def test_a_machine_without_a_driver_is_none_of_its_business(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "LIBRARY", "libnosuchdriver.so.1")
+    assert not driver._make_context(0)
+
+
+def test_it_needs_no_torch() -> None:
+    code = "import sys; from rwkv_runtime import driver; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_rwkv_run_begins_it_for_a_text_and_not_for_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[str | None] = []
+    monkeypatch.setattr(driver, "begin", begun.append)
+    CliRunner().invoke(command, ["--backends"])
+    assert begun == []
+    assert CliRunner().invoke(command, ["Once", "--device", "cpu", "-n", "1", "-q"]).exit_code == 0
+    assert begun == ["cpu"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_torch_works_in_the_context_that_it_made() -> None:
+    code = (
+        "from rwkv_runtime import driver; thread = driver.begin(); import torch; thread.join();"
+        "print(int(torch.arange(5, device='cuda').sum()), driver._make_context(0))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_MODULE_LOADING"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.split() == ["10", "True"]
