@@ -151,6 +151,6 @@ def _absent_mask(tokenizer: Tokenizer, vocab_size: int, device: torch.device) ->
     absent = tokenizer.absent(vocab_size)
     if not absent:
         return None
-    mask = torch.zeros(vocab_size, device=device)
+    mask = torch.zeros(vocab_size)
     mask[absent] = -torch.inf
-    return mask
+    return mask.to(device)

@@ -193,15 +193,17 @@ def outputs_kernel(kvrg_ptr, between_ptr, logs_ptr, u_ptr, weight_ptr, bias_ptr,
 def between(span: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """What lies between two places of a span, as numbers 0 and 1 [halvings + 2, span, span]: [.., i, j] is 1 where
     token j is between token i and the middle of its block, for blocks of span, span / 2 ... 2; between token i and the
-    start of the span; between token i and its end."""
+    start of the span; between token i and its end.
+
+    Made on the host: a GPU would load a kernel for each of these steps first."""
     with torch.inference_mode(False):
-        i = torch.arange(span, device=device)
+        i = torch.arange(span)
         before, after = i[None, :] < i[:, None], i[None, :] > i[:, None]
         tables = []
         for half in (span >> n for n in range(1, span.bit_length())):
             together = (i // half)[:, None] == (i // half)[None, :]
             tables.append(together & torch.where((i & half > 0)[:, None], before, after))
-        return torch.stack([*tables, before, after]).to(dtype)
+        return torch.stack([*tables, before, after]).to(device, dtype)
 
 
 def wkv(
