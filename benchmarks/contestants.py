@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rwkv_runtime import Backend, Controls, Forward, Model, Sampler, Tick, chunk_size
+from rwkv_runtime.backend import as_chunk
 from rwkv_runtime.sampler import check_params
 
 PER_OP, TUNED = "per-op compile", "tuned compile"
@@ -47,9 +48,11 @@ class Ours:
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        tokens, state = torch.tensor(prompts), self.model.new_state(len(prompts))
-        for chunk in tokens.split(chunk_size(self.model.device), dim=1):
-            logits = self.forward(chunk.to(self.model.device), state)
+        device, size = self.model.device, chunk_size(self.model.device)
+        state = self.model.new_state(len(prompts))
+        for start in range(0, len(prompts[0]), size):
+            rows = [as_chunk(tokens[start : start + size], device) for tokens in prompts]
+            logits = self.forward(rows[0] if len(rows) == 1 else torch.cat(rows), state)
         return logits
 
     def decoder(self, rows: int, sampler: Sampler | None = None) -> FrozenDecoder:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from rwkv_runtime.backend import Backend, Forward, chunk_size
+from rwkv_runtime.backend import Backend, Forward, as_chunk, chunk_size
 from rwkv_runtime.batch import Batch
 from rwkv_runtime.errors import OptionError, PluginError, RwkvError
 from rwkv_runtime.flight import Flight
@@ -153,9 +153,9 @@ class Engine(Batch):
         """Reads one chunk of the prompt; the last token is left to the decode step, which draws from its logits."""
         left = len(generation.feed) - 1 - generation.read
         if left:
-            size = min(left, chunk_size(self.model.device))
+            size = min(left, chunk_size(self.model.device, waited_for=bool(self.active)))
             chunk = generation.feed[generation.read : generation.read + size]
-            self.forward(torch.tensor([chunk], device=self.model.device), self._scratch)
+            self.forward(as_chunk(chunk, self.model.device), self._scratch)
             generation.read += size
             if size < left:
                 return

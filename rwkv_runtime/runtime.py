@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rwkv_runtime import collector
-from rwkv_runtime.backend import Backend, chunk_size
+from rwkv_runtime.backend import Backend, as_chunk, chunk_size
 from rwkv_runtime.checkpoint import Progress, build_model, check_sha256, open_tensors, recognise
 from rwkv_runtime.embedded import embedded_model
 from rwkv_runtime.engine import Engine
@@ -255,14 +255,14 @@ class Runtime:
         """
         tokens, state = self._ids(tokens), self._start(state)
         for chunk in _chunks(tokens, chunk_size(self.model.device)):
-            logits = self._forward(torch.tensor([chunk], device=self.model.device), state)
+            logits = self._forward(as_chunk(chunk, self.model.device), state)
         return logits[0], state
 
     def logits(self, tokens: Sequence[int], state: State | None = None) -> Tensor:
         """float32 logits after every token, [T, V]: for evaluation. Raises as `forward` does."""
         tokens, state = self._ids(tokens), self._start(state)
         rows = [
-            self._forward(torch.tensor([chunk], device=self.model.device), state, every=True)[0]
+            self._forward(as_chunk(chunk, self.model.device), state, every=True)[0]
             for chunk in _chunks(tokens, chunk_size(self.model.device))
         ]
         return torch.cat(rows)

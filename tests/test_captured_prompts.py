@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rwkv_runtime import Model, Tick
 
-LENGTH = 8
+LENGTH, HALF = 8, 4
 
 
 class Played(Graphs):
@@ -39,11 +39,12 @@ class Full(Graphs):
 
 
 def read(model: Model, graphs: Graphs) -> None:
-    """Two whole chunks and a part of one, beside the plain forward pass."""
+    """Two whole chunks, two halves of one and a part, beside the plain forward pass."""
     plain = Eager().forward(model)
-    forward = CapturedPrompts(plain, model, graphs, LENGTH)
+    forward = CapturedPrompts(plain, model, graphs, {LENGTH, HALF})
     ours, theirs = model.new_state(), model.new_state()
-    for piece in torch.tensor([tokens_of(2 * LENGTH + 3)]).split(LENGTH, dim=1):
+    sizes = [LENGTH, LENGTH, HALF, HALF, 3]
+    for piece in torch.tensor([tokens_of(sum(sizes))]).split(sizes, dim=1):
         assert torch.equal(forward(piece, ours), plain(piece, theirs))
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs.tensors)
 
@@ -51,7 +52,7 @@ def read(model: Model, graphs: Graphs) -> None:
 def test_a_whole_chunk_goes_through_one_capture_and_leaves_the_state_it_must(model: Model) -> None:
     graphs = Played()
     read(model, graphs)
-    assert graphs.captures == 1
+    assert graphs.captures == 2  # one for each length
 
 
 def test_where_nothing_can_be_captured_prompts_are_read_all_the_same(
@@ -77,7 +78,7 @@ class Slow(Graphs):
 
 def test_threads_that_share_a_graph_take_turns(model: Model) -> None:
     plain = Eager().forward(model)
-    forward = CapturedPrompts(plain, model, Slow(), LENGTH)
+    forward = CapturedPrompts(plain, model, Slow(), {LENGTH})
 
     def last(first: int) -> tuple[Tensor, Tensor]:
         tokens = torch.tensor([tokens_of(LENGTH + first)[first:]])

@@ -150,8 +150,25 @@ def test_a_prompt_is_read_in_chunks_while_others_write(model: Model, tokenizer: 
     assert backend.prompt_tokens == 3 * chunk + 9
 
 
-def test_a_gpu_reads_larger_chunks() -> None:
-    assert chunk_size(torch.device("cuda")) > chunk_size(torch.device("cpu"))
+def test_a_gpu_reads_larger_chunks_the_largest_where_nobody_waits() -> None:
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert chunk_size(cuda) > chunk_size(cuda, waited_for=True) > chunk_size(cpu)
+    assert chunk_size(cpu, waited_for=True) == chunk_size(cpu)
+
+
+def test_a_prompt_is_read_in_shorter_chunks_while_others_write(
+    model: Model, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rwkv_runtime.engine.chunk_size", lambda device, waited_for: 16 if waited_for else 32)
+    backend = Counting()
+    engine = Engine(model, backend, Greedy(), tokenizer, rows=2)
+    finish(engine, Request(tokens_of(1 + 64), max_tokens=2))
+    assert [tokens for _, tokens in backend.reads if tokens > 1] == [32, 32]
+    backend.reads.clear()
+    engine.submit(Request([5], max_tokens=50))
+    engine.step()
+    finish(engine, Request(tokens_of(1 + 48), max_tokens=2))
+    assert [tokens for _, tokens in backend.reads if tokens > 1] == [16, 16, 16]
 
 
 def test_trials_start_from_one_reading_of_the_prompt(model: Model, tokenizer: Tokenizer) -> None:

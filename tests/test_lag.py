@@ -180,7 +180,7 @@ def prompt_tokens_between_steps(reads: list[tuple[int, int]]) -> Iterator[int]:
 def test_admitting_requests_never_stalls_the_others_by_more_than_a_chunk(
     lag: int, model: Model, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rwkv_runtime.engine.chunk_size", lambda device: 64)
+    monkeypatch.setattr("rwkv_runtime.engine.chunk_size", lambda device, waited_for: 64)
     backend = Counting()
     engine = Engine(model, backend, Greedy(), tokenizer, rows=6)
     writing = engine.submit(Request([5], max_tokens=200))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -15,38 +16,38 @@ logger = logging.getLogger("rwkv_runtime")
 
 
 class CapturedPrompts:
-    """A forward pass that reads one sequence of exactly `length` tokens by a graph, captured when the first comes.
+    """A forward pass that reads one sequence of exactly so many tokens by a graph, captured when the first comes.
 
     The graph has tokens, state and logits of its own, which are copied to and from: a fraction of a thousandth of the
     time. Anything else goes to the forward pass as it is, and all of it where a graph cannot be captured. Threads take
     turns: what one of them asks of the device comes in one piece.
     """
 
-    def __init__(self, forward: Forward, model: Model, graphs: Graphs, length: int) -> None:
-        self.forward, self.model, self.graphs, self.length = forward, model, graphs, length
+    def __init__(self, forward: Forward, model: Model, graphs: Graphs, lengths: Collection[int]) -> None:
+        self.forward, self.model, self.graphs, self.lengths = forward, model, graphs, lengths
         self.narrow: Forward | None = getattr(forward, "narrow", None)
-        self._chunk: _Chunk | None = None
+        self._chunks: dict[int, _Chunk] = {}
         self._refused = False
         self._turn = threading.Lock()
 
     def __call__(self, tokens: Tensor, state: State, every: bool = False) -> Tensor:
-        if every or tokens.shape != (1, self.length) or self._refused:
+        rows, length = tokens.shape
+        if every or rows != 1 or length not in self.lengths:
             return self.forward(tokens, state, every)
         with self._turn:
-            if self._chunk is None and not self._refused:
-                self._chunk = self._captured()
-            if self._chunk is not None:
-                return self._chunk.read(tokens, state)
+            if length not in self._chunks and not self._refused:
+                self._capture(length)
+            if length in self._chunks:
+                return self._chunks[length].read(tokens, state)
         return self.forward(tokens, state, every)
 
-    def _captured(self) -> _Chunk | None:
+    def _capture(self, length: int) -> None:
         try:
-            return _Chunk(self.forward, self.model, self.graphs, self.length)
+            self._chunks[length] = _Chunk(self.forward, self.model, self.graphs, length)
         except RuntimeError as error:  # no memory for it, say
             self._refused = True
             reason = str(error).strip().splitlines()[0]
             logger.warning(f"prompts are read without a captured graph, which is slower: {reason}")
-            return None
 
 
 class _Chunk:
