@@ -32,7 +32,7 @@ def _make_context(index: int) -> bool:
     except OSError:
         return False
     device, context = ctypes.c_int(), ctypes.c_void_p()
-    return (
+    return bool(
         driver.cuInit(0) == 0
         and driver.cuDeviceGet(ctypes.byref(device), index) == 0
         and driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device) == 0
