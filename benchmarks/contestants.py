@@ -65,7 +65,7 @@ class FrozenDecoder:
     def __init__(self, ours: Ours, rows: int, sampler: Sampler | None) -> None:
         model, forward = ours.model, ours.forward
         V = model.config.vocab_size
-        state = model.new_state(rows)
+        state = ours.backend.new_state(model, rows)
         tokens = torch.zeros((rows, 1), dtype=torch.int64, device=model.device)
         logits = torch.zeros((rows, V), device=model.device)
         buffers = [*state.tensors.values(), logits]

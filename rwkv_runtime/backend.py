@@ -75,6 +75,11 @@ class Backend(ABC):
         Several engines, in threads of their own, may share it: a call leaves nothing behind but its state and logits.
         """
 
+    def new_state(self, model: Model, rows: int) -> State:
+        """The state that decode steps of these rows keep. One of a class of its own may hold more than the model's; it
+        takes rows of the model's by `copy`, and gives them by `settled`."""
+        return model.new_state(rows)
+
     def freeze(self, tick: Tick, buffers: Sequence[Tensor]) -> Tick:
         """Compiles or captures one decode step; must leave `buffers`, which the tick changes, as it found them."""
         return tick

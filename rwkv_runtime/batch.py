@@ -40,7 +40,6 @@ class Batch:
         self.model, self.backend, self.sampler, self.tokenizer = model, backend, sampler, tokenizer
         self.rows = rows
         V, device = model.config.vocab_size, model.device
-        self.state = model.new_state(rows)
         self.tokens = torch.zeros((rows, 1), dtype=torch.int64, device=device)
         self.logits = torch.zeros((rows, V), dtype=torch.float32, device=device)
         self.drawn = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -49,6 +48,7 @@ class Batch:
         self.before = torch.zeros_like(self.controls.position)
         self.absent = _absent_mask(tokenizer, V, device)
         try:
+            self.state = backend.new_state(model, rows)
             self.forward = forward or backend.forward(model)
             with torch.inference_mode():
                 self._ticks = {size: self._build_tick(size) for size in _sizes(rows)}

@@ -240,7 +240,7 @@ class Engine(Batch):
         """Keeps the states that the next step will change: a text that ended before it has not read its last token."""
         if self._before is None:
             with torch.inference_mode(False):
-                self._before = self.model.new_state(self.rows)
+                self._before = self.backend.new_state(self.model, self.rows)
         for name, t in self.state.view(0, len(self.active)).tensors.items():
             self._before[name][:, : t.shape[1]].copy_(t)
 
@@ -249,7 +249,7 @@ class Engine(Batch):
         generation = self.active[row]
         if generation.request.keep and finish != "error":
             state = self._before if self._before is not None and self._under_way(generation) else self.state
-            generation.snapshot = _snapshot(generation, state.view(row, row + 1).clone())
+            generation.snapshot = _snapshot(generation, state.settled(row))
         generation.close(finish)
         last = len(self.active) - 1
         if row != last:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rwkv_runtime.errors import StateError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class TensorSpec(NamedTuple):
@@ -71,12 +74,16 @@ class State:
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
-    def view(self, start: int, stop: int) -> State:
+    def view(self, start: int, stop: int) -> Self:
         """Rows start..stop as a state that shares memory with this one."""
-        return State({name: t[:, start:stop] for name, t in self.tensors.items()}, self.initial, self.architecture)
+        return type(self)({name: t[:, start:stop] for name, t in self.tensors.items()}, self.initial, self.architecture)
 
-    def clone(self) -> State:
-        return State({name: t.clone() for name, t in self.tensors.items()}, self.initial, self.architecture)
+    def clone(self) -> Self:
+        return type(self)({name: t.clone() for name, t in self.tensors.items()}, self.initial, self.architecture)
+
+    def settled(self, row: int) -> State:
+        """One row as a state of its own, as `Model.new_state` has them, whatever a backend adds to its own."""
+        return self.view(row, row + 1).clone()
 
     def clear(self, row: int) -> None:
         """Makes a row fresh."""

@@ -42,7 +42,7 @@ def interpreter_fails() -> bool:
 
 FEW = 48
 """Bytes of a thread that a kernel may spill, twelve registers: one version of Triton needs none where another does."""
-MORE = {"spans_kernel": 128}
+MORE = {"spans_kernel": 128, "deferred_kernel": 128}
 """For those that have all registers that there are."""
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 needs_compiler = pytest.mark.skipif(fused.interpreted(), reason="Triton's interpreter is on, which compiles nothing")
@@ -132,6 +132,26 @@ def test_kernels_of_a_state_in_16_bits_compile_for_hopper_and_spill_next_to_noth
     ]
     converting = {kernel.name for kernel in kernels if re.search(r"cvt\.rn\.f16(x2)?\.f32", kernel.ptx)}
     assert converting >= writers
+
+
+@needs_triton
+@needs_compiler
+@pytest.mark.parametrize("state", [torch.float32, torch.float16], ids=str)
+def test_kernels_of_a_state_that_is_seldom_written_compile_for_hopper(
+    plugins: Plugins, state: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sm90 import as_on_a_gpu, compiled_by
+
+    architecture, dtype = plugins.architectures.get("rwkv6"), torch.bfloat16
+    config = architecture.sizes(2, 256, 260, 64)
+    model = build_model(architecture.random(config, dtype=dtype), plugins.architectures, CPU, state_dtype=state)
+    model = replace(model, weights=as_on_a_gpu(model.weights, dtype))
+    backend = Fused(Tuning(deferred=4))
+    forward = import_module(FAMILIES[architecture.name]).forward(model, backend.tuning)
+    tokens = torch.zeros(128, 1, dtype=torch.int64)
+    kernels = compiled_by(lambda: forward(tokens, backend.new_state(model, 128)), monkeypatch)
+    assert {kernel.name for kernel in kernels} >= {"decays_kernel", "deferred_kernel"}
+    assert [kernel.name for kernel in kernels if kernel.spilled > MORE.get(kernel.name, FEW)] == []
 
 
 @needs_triton

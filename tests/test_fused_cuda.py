@@ -11,6 +11,7 @@ import pytest
 import torch
 from engines import finish
 from helpers import PRESENT, VOCAB_SIZE, apart, off, tokens_of
+from rwkv_backends.deferred import DeferredState
 from rwkv_backends.eager import Eager
 from rwkv_backends.fused import FAMILIES, Fused, interpreted
 from rwkv_backends.kernels import rwkv6, rwkv7
@@ -108,6 +109,21 @@ def test_captured_steps_say_what_plain_pytorch_says(
     engine = Engine(model, Fused(tuning), Nucleus(), tokenizer, rows)
     first, second = (forced(engine, TOKENS, rows) for _ in range(2))
     assert bool(first.isfinite().all())
+    no_further(first, plain, exact)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 9])
+@pytest.mark.usefixtures("poisoned")
+def test_steps_that_seldom_write_a_state_say_what_plain_pytorch_says(
+    plugins: Plugins, tokenizer: Tokenizer, dtype: torch.dtype, rows: int
+) -> None:
+    """A batch of nine, of which so many rows are at work: through the kernels of one, of few and of many."""
+    model, in_full = pair(plugins, dtype, "rwkv6", layers=7)
+    plain, exact = (forced(Engine(m, Eager(), Nucleus(), tokenizer, rows), TOKENS, rows) for m in (model, in_full))
+    engine = Engine(model, Fused(Tuning(skinny_rows=4, deferred=3)), Nucleus(), tokenizer, 9)
+    assert isinstance(engine.state, DeferredState)
+    first, second = (forced(engine, TOKENS, rows) for _ in range(2))
     no_further(first, plain, exact)
     assert torch.equal(first, second)
 

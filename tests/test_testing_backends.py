@@ -8,6 +8,7 @@ import pytest
 from rwkv_backends.compile import Compile
 
 from rwkv_runtime import Backend, BackendError
+from rwkv_runtime.state import State
 from rwkv_runtime.testing import check_backend
 
 
@@ -27,8 +28,8 @@ class Twin(Backend):
 
     name = "twin"
 
-    def __init__(self, wrap=None, why=None, freeze=None):
-        self.wrap, self.why, self.frozen = wrap, why, freeze
+    def __init__(self, wrap=None, why=None, freeze=None, state=State):
+        self.wrap, self.why, self.frozen, self.state = wrap, why, freeze, state
 
     def why_not(self, model):
         return self.why
@@ -37,8 +38,19 @@ class Twin(Backend):
         forward = partial(model.architecture.forward, model.architecture.ops, model.weights)
         return partial(self.wrap, forward) if self.wrap else forward
 
+    def new_state(self, model, rows):
+        plain = model.new_state(rows)
+        return self.state(plain.tensors, plain.initial, plain.architecture)
+
     def freeze(self, tick, buffers):
         return self.frozen(tick, buffers) if self.frozen else tick
+
+
+class Forgets(State):
+    def settled(self, row):
+        fresh = super().settled(row)
+        fresh.clear(0)
+        return fresh
 
 
 def on_a_copy(forward, tokens, state, every=False):
@@ -119,6 +131,7 @@ BACKENDS = {
     "rwkv6: freeze does not leave the buffers as it found them": Twin(freeze=ran_once),
     "rwkv6: the frozen decode step, token 1: is ": Twin(freeze=a_stale_answer),
     r"rwkv6: the frozen decode step ran \[8, 8\] times, not 4": Twin(freeze=eager_to_finish),
+    "rwkv6: a row taken out of its state after 0 decode steps: is ": Twin(state=Forgets),
     "rwkv6: the frozen decode step raises BackendError: no compiler": Twin(freeze=build_fails),
 }
 

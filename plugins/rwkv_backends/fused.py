@@ -12,6 +12,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from rwkv_backends.deferred import DeferredState
 from rwkv_backends.graphs import Graphs
 from rwkv_backends.kernels.tuning import Tuning
 from rwkv_backends.prompts import CapturedPrompts
@@ -90,6 +91,10 @@ class Fused(Backend):
         with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]
             for refused in (False, True):
                 self.settle(drawn, logits[:1], refused, Outcome(drawn, *others))
+
+    def new_state(self, model: Model, rows: int) -> State:
+        deferred = self.tuning.deferred if rows > self.tuning.skinny_rows and model.architecture.name == "rwkv6" else 0
+        return DeferredState.of(model, rows, deferred) if deferred else super().new_state(model, rows)
 
     def freeze(self, tick: Tick, buffers: Sequence[Tensor]) -> Tick:
         return self._graphs.capture(tick, buffers) if buffers[0].is_cuda else tick

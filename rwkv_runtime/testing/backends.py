@@ -56,8 +56,9 @@ def check_backend(
     `tolerance` is the largest difference of two logits, as a share of the largest logit. Raises AssertionError
     with one line for each mistake: `why_not` that refuses or gives no reason; logits that are off for one token,
     for a prompt in one piece or in several, for every position (`every=True`) or for one of several rows; a
-    state that is not updated in place; rows touched that are not in the given view; and a decode step after
-    `freeze` that gives other logits, or buffers that `freeze` did not leave as found.
+    state that is not updated in place; rows touched that are not in the given view; a decode step after `freeze`
+    that gives other logits, or buffers that `freeze` did not leave as found; and rows of `new_state` that `settled`
+    does not give as they are.
     """
     chosen = list(Plugins.load().architectures if architectures is None else architectures)
     problems = [] if chosen else ["there is no architecture to try it with"]
@@ -135,8 +136,8 @@ def _view(trial: _Trial, forward: Forward) -> Iterator[str]:
 
 def _frozen(trial: _Trial, forward: Forward) -> Iterator[str]:
     """the frozen decode step"""
-    state, device = trial.model.new_state(ROWS), trial.model.device
-    tokens = trial.tokens[:, :1].clone()
+    plain, state = trial.model.new_state(ROWS), trial.backend.new_state(trial.model, ROWS)
+    tokens, device = trial.tokens[:, :1].clone(), trial.model.device
     logits = torch.zeros(ROWS, BYTE_VOCABULARY, device=device)
     position = torch.zeros(ROWS, 1, dtype=torch.int64, device=device)
 
@@ -145,7 +146,9 @@ def _frozen(trial: _Trial, forward: Forward) -> Iterator[str]:
         position.add_(1)
 
     start = trial.tokens.shape[1] - TICKS
-    forward(trial.tokens[:, :start], state)
+    forward(trial.tokens[:, :start], plain)
+    for row in range(ROWS):
+        state.copy(plain, row, row)
     buffers = [*state.tensors.values(), logits, position]
     before = [buffer.clone() for buffer in buffers]
     frozen = trial.backend.freeze(tick, buffers)
@@ -155,6 +158,10 @@ def _frozen(trial: _Trial, forward: Forward) -> Iterator[str]:
             buffer.copy_(value)
     for t in range(start, start + TICKS):
         tokens.copy_(trial.tokens[:, t : t + 1])
+        apart = torch.cat([forward(tokens[row : row + 1], state.settled(row)) for row in range(ROWS)])
+        if problem := trial.error(apart, trial.expected[:, t]):
+            yield f"a row taken out of its state after {t - start} decode steps: {problem}"
+            return
         frozen()
         if problem := trial.error(logits, trial.expected[:, t]):
             yield f"the frozen decode step, token {t - start + 1}: {problem}"

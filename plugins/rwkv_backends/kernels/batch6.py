@@ -10,7 +10,8 @@ from rwkv_layers.parts import Norm
 from rwkv_layers.rwkv6 import Block, ChannelMixing, TimeMixing
 from torch import Tensor
 
-from rwkv_backends.kernels import batch, mixing, wkv6
+from rwkv_backends.deferred import DeferredState
+from rwkv_backends.kernels import batch, deferred6, mixing, wkv6
 from rwkv_backends.kernels.beside import Beside
 from rwkv_backends.kernels.tuning import Tuning
 from rwkv_runtime import State
@@ -34,7 +35,7 @@ def step(
         dx, first = batch.begin(x, gated, before, prev, ln1, att.maa_x, tuning.alone if gated else tuning)
         lora = dense(first.to(att.maa_w1.dtype), att.maa_w1)  # on a CPU the adapters are float32
         mixed = batch.mixtures(lora.unsqueeze(0), prev, dx, att.maa_w2, tuning)
-        add_product(_wkv(mixed, x, state["att_kv"][i], att, beside, tuning), att.output, x)
+        add_product(_wkv(mixed, x, state, i, att, beside, tuning), att.output, x)
         maa = ffn.maa_k, ffn.maa_r
         key, receptance = batch.shift(x, None, state["ffn_x_prev"][i], ln2, maa, tuning)
         gated, before = _channel_mixing(key, receptance, ffn, beside, tuning), scale
@@ -42,17 +43,19 @@ def step(
     return batch.end(x, gated, before, ln_out, tuning.alone)
 
 
-def _wkv(mixed: Tensor, x: Tensor, kv: Tensor, att: TimeMixing, beside: Beside, tuning: Tuning) -> Tensor:
-    """mixed [5, B, C] -> what the output matrix reads [B, C], of the dtype of x; kv [B, H, N, N] in place."""
+def _wkv(mixed: Tensor, x: Tensor, state: State, i: int, att: TimeMixing, beside: Beside, tuning: Tuning) -> Tensor:
+    """mixed [5, B, C] -> what the output matrix reads [B, C], of the dtype of x; the state of layer i in place."""
     inputs = mixed[0].to(att.decay_w1.dtype)
     low = inputs.new_empty(len(inputs), len(att.decay_w1))
+    decays = torch.empty(x.shape, device=x.device) if isinstance(state, DeferredState) else None
     beside.fork()
     kvrg = linears(mixed[1:], att.kvrg)
     with beside.work():
         torch.mm(inputs, att.decay_w1.t(), out=low)
+        if decays is not None:
+            deferred6.decays(low, att.decay_w2, att.decay, decays, tuning.alone)
     beside.join()
-    norm = att.ln_x_weight, att.ln_x_bias
-    return wkv6.wkv(kvrg, low, att.decay_w2, att.decay, att.bonus, norm, kv, x, tuning.alone)
+    return wkv6.of_layer(kvrg, low, att, state, i, x, tuning.alone, decays)
 
 
 def _channel_mixing(key: Tensor, receptance: Tensor, ffn: ChannelMixing, beside: Beside, tuning: Tuning) -> Gated:

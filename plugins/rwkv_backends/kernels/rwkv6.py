@@ -10,6 +10,7 @@ from rwkv_layers.linear import Matrix, linear
 from rwkv_layers.rwkv6 import RESCALE_EVERY, Block, Weights
 from torch import Tensor
 
+from rwkv_backends.deferred import DeferredState
 from rwkv_backends.kernels import batch6, mixing, prompt6, skinny6, vector, wkv6
 from rwkv_backends.kernels.beside import Beside
 from rwkv_backends.kernels.ffn import channel_mixing
@@ -49,6 +50,8 @@ def forward(model: Model, tuning: Tuning) -> Forward:
         with torch.cuda.device_of(tokens):
             x = mixing.embed(tokens.flatten().contiguous(), weights.emb, weights.ln0, tuning)
             if T > 1:
+                if isinstance(state, DeferredState):
+                    state.settle()
                 x = prompt6.read(x, state, blocks, tuning).view(B, T, -1)
                 x = x if every else x[:, -1]
                 return linear(F.layer_norm(x, x.shape[-1:], *weights.ln_out), weights.head)
@@ -56,25 +59,26 @@ def forward(model: Model, tuning: Tuning) -> Forward:
                 # One layer of a state is contiguous, whichever of its rows a view has; the engine moves rows so that
                 # those at work are always the first: no kernel needs to be told which they are.
                 for i, layer in enumerate(layers):
-                    _few(x, state["att_x_prev"][i], state["att_kv"][i], state["ffn_x_prev"][i], layer, tuning)
+                    _few(x, state, i, layer, tuning)
                 logits = vector.head(x, weights.ln_out, weights.head, tuning)
             elif tuning.skinny_rows >= B and x.element_size() == 2:
                 logits = linear(skinny6.step(x, state, blocks, weights.ln_out, tuning), weights.head)
             else:
                 logits = linear(batch6.step(x, state, blocks, weights.ln_out, Beside(second), tuning), weights.head)
+            if isinstance(state, DeferredState):
+                state.advance()
             return logits.unsqueeze(1) if every else logits
 
     return Widened(run)
 
 
-def _few(x: Tensor, att_x: Tensor, att_kv: Tensor, ffn_x: Tensor, layer: Layer, tuning: Tuning) -> None:
-    """One token of each row: x [B, C] and the state of the layer are updated in place."""
-    att, ffn = layer.block.att, layer.block.ffn
+def _few(x: Tensor, state: State, i: int, layer: Layer, tuning: Tuning) -> None:
+    """One token of each row: x [B, C] and the state of layer i are updated in place."""
+    att, ffn, att_x = layer.block.att, layer.block.ffn, state["att_x_prev"][i]
     normed, dx, lora = vector.shift_lora(x, att_x, layer.block.ln1, att.maa_x, att.maa_w1, tuning)
     mixed = vector.lerps(lora, normed, dx, att.maa_w2, att_x, tuning)
     kvrg, low = vector.kvrg(mixed, att.kvrg, att.decay_w1, tuning)
-    norm = att.ln_x_weight, att.ln_x_bias
-    out = wkv6.wkv(kvrg, low, att.decay_w2, att.decay, att.bonus, norm, att_kv, x, tuning)
+    out = wkv6.of_layer(kvrg, low, att, state, i, x, tuning)
     vector.add_product(out, att.output, x, tuning)
     maa, matrices = (ffn.maa_k, ffn.maa_r), (ffn.key, ffn.receptance, layer.value)
-    channel_mixing(x, ffn_x, layer.block.ln2, maa, *matrices, layer.scale, tuning)
+    channel_mixing(x, state["ffn_x_prev"][i], layer.block.ln2, maa, *matrices, layer.scale, tuning)

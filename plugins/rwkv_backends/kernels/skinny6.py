@@ -29,8 +29,7 @@ def step(x: Tensor, state: State, layers: Sequence[tuple[Block, float]], ln_out:
         mixed = batch.mixtures(lora, prev, dx, att.maa_w2, tuning)
         decay = Matrix(att.decay_w1, None)
         kvrg, low = skinny.pair(mixed[1:], att.kvrg, "", mixed[0], decay, torch.float32, tuning)
-        norm = att.ln_x_weight, att.ln_x_bias
-        out = wkv6.wkv(kvrg, low, att.decay_w2, att.decay, att.bonus, norm, state["att_kv"][i], x, tuning)
+        out = wkv6.of_layer(kvrg, low, att, state, i, x, tuning)
         gain = skinny.parts(out, att.output, tuning)
         maa = ffn.maa_k, ffn.maa_r
         key, receptance = batch.shift(x, gain, state["ffn_x_prev"][i], ln2, maa, tuning)

@@ -60,6 +60,14 @@ class Tuning:
     are one product; blocks are halved until it is so. At 0 each size of block has a product."""
     carry_ahead: int = 16
     """RWKV-6: spans whose states a program asks for at once as it carries the state through a prompt."""
+    deferred: int = 0
+    """RWKV-6, batches beyond `skinny_rows`: steps that a state goes unwritten, their updates kept beside it."""
+    deferred_together: int = 4
+    """Rows of such a batch that a program works on one after another."""
+    deferred_stages: int = 2
+    """Of these, how many are on their way or at work."""
+    deferred_warps: int = 1
+    """Of such a program."""
     tokens: int = 4
     """Of a prompt that one program gates, norms and shifts: two or four."""
 

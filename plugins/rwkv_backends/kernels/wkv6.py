@@ -3,12 +3,17 @@
 Annotations are real types, not strings: Triton reads them.
 """
 
+import torch
 import triton
 import triton.language as tl
+from rwkv_layers.rwkv6 import TimeMixing
 from torch import Tensor
 
+from rwkv_backends.deferred import DeferredState
+from rwkv_backends.kernels import deferred6
 from rwkv_backends.kernels.device import let_next_begin, load_vector, store, store_state, tanh, wait_for_earlier
 from rwkv_backends.kernels.tuning import Tuning
+from rwkv_runtime import State
 
 FEW_WARPS, MANY_WARPS = 8, 4
 """Of a program: of few rows what counts is when the last one is done, of many how much of the state is on its way."""
@@ -70,3 +75,23 @@ def wkv(
         num_warps=FEW_WARPS if tuning.vector_rows >= B else MANY_WARPS, **tuning.launch,
     )  # fmt: skip
     return out
+
+
+def of_layer(
+    kvrg: Tensor,
+    low: Tensor,
+    att: TimeMixing,
+    state: State,
+    i: int,
+    like: Tensor,
+    tuning: Tuning,
+    decays: Tensor | None = None,
+) -> Tensor:
+    """The same for layer i of a model and its state, whose updates may be deferred: of what decays it has by then."""
+    norm, kv = (att.ln_x_weight, att.ln_x_bias), state["att_kv"][i]
+    if not isinstance(state, DeferredState):
+        return wkv(kvrg, low, att.decay_w2, att.decay, att.bonus, norm, kv, like, tuning)
+    if decays is None:
+        decays = torch.empty(kvrg.shape[1:], device=kvrg.device)
+        deferred6.decays(low, att.decay_w2, att.decay, decays, tuning)
+    return deferred6.wkv(kvrg, decays, att.bonus, norm, kv, state.layer(i), like, tuning)
