@@ -150,7 +150,9 @@ def decode_share(checkpoint: Checkpoint, model: Model, rows: int, ceilings: Ceil
 
 
 def prompt_share(checkpoint: Checkpoint, length: int, ceilings: Ceilings) -> Callable[[float], str]:
-    peak = ceilings.matmul(checkpoint.dtype) * 1e12
+    """Of large products that follow each other for as long: by then the power that a GPU may draw limits its clock."""
+    product = ceilings.probe(f"matmul {checkpoint.dtype}")
+    peak = product.rate(step_seconds(product.run)) * 1e12
     flops = checkpoint.prefill_flops(length)
     return lambda seconds: f"{length / seconds:.0f} tok/s, {flops / seconds / peak:.1%} of {peak / 1e12:.0f} TFLOP/s"
 

@@ -63,7 +63,7 @@ ENGINE = "sampling_share or overhead or growth or generate or (test_sampling and
 FEW = "and not compile and not script"
 BOTH = f"ceiling or ((test_decode or test_prefill) {FEW})"
 GPU = (
-    Part("1.6b", BOTH, batches=(1, 256), lengths=(2048,)),
+    Part("1.6b", BOTH, batches=(1, 256), lengths=(2048, 8192)),
     Part("sampling", f"sampling_share {FEW}"),
     Part("7b", BOTH, sizes=("7b",), batches=(1, 256), lengths=(2048,)),
     Part("3b", BOTH, sizes=("3b",), batches=(1, 256), lengths=(2048,)),
