@@ -10,12 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from helpers import tokens_of
+from hypothesis import given
+from hypothesis import strategies as st
 from rwkv_backends.eager import Eager
 from rwkv_backends.graphs import Graphs
-from rwkv_backends.prompts import CapturedPrompts
+from rwkv_backends.prompts import LEAST_STEP, CapturedPrompts, Padded, size_of
 from torch import Tensor
 
-from rwkv_runtime import Model, Tick
+from rwkv_runtime import Forward, Model, State, Tick
 
 LENGTH, HALF = 8, 4
 
@@ -38,10 +40,19 @@ class Full(Graphs):
         raise RuntimeError("CUDA out of memory\nand much more")
 
 
+def padded(plain: Forward) -> Padded:
+    """With tokens that are not there left out."""
+
+    def forward(tokens: Tensor, state: State, every: bool = False, length: Tensor | None = None) -> Tensor:
+        return plain(tokens if length is None else tokens[:, : int(length)], state, every)
+
+    return forward
+
+
 def read(model: Model, graphs: Graphs) -> None:
     """Two whole chunks, two halves of one and a part, beside the plain forward pass."""
     plain = Eager().forward(model)
-    forward = CapturedPrompts(plain, model, graphs, {LENGTH, HALF})
+    forward = CapturedPrompts(padded(plain), model, graphs, {LENGTH, HALF})
     ours, theirs = model.new_state(), model.new_state()
     sizes = [LENGTH, LENGTH, HALF, HALF, 3]
     for piece in torch.tensor([tokens_of(sum(sizes))]).split(sizes, dim=1):
@@ -78,7 +89,7 @@ class Slow(Graphs):
 
 def test_threads_that_share_a_graph_take_turns(model: Model) -> None:
     plain = Eager().forward(model)
-    forward = CapturedPrompts(plain, model, Slow(), {LENGTH})
+    forward = CapturedPrompts(padded(plain), model, Slow(), {LENGTH})
 
     def last(first: int) -> tuple[Tensor, Tensor]:
         tokens = torch.tensor([tokens_of(LENGTH + first)[first:]])
@@ -87,3 +98,44 @@ def test_threads_that_share_a_graph_take_turns(model: Model) -> None:
     with ThreadPoolExecutor(4) as threads:
         for ours, theirs in threads.map(last, range(8)):
             assert torch.equal(ours, theirs)
+
+
+class Sized(Graphs):
+    """Counts captures; what is captured reads as many tokens as there are then."""
+
+    def __init__(self) -> None:
+        self.captures = 0
+
+    def capture(self, tick: Tick, buffers: Sequence[Tensor]) -> Tick:
+        self.captures += 1
+        return tick
+
+
+def test_short_prompts_are_filled_up_to_a_size_and_the_second_of_a_size_is_captured(model: Model) -> None:
+    graphs, plain, sizes = Sized(), Eager().forward(model), []
+
+    def noted(tokens: Tensor, state: State, every: bool = False, length: Tensor | None = None) -> Tensor:
+        sizes.append((tokens.shape[1], None if length is None else int(length)))
+        return padded(plain)(tokens, state, every, length)
+
+    forward = CapturedPrompts(noted, model, graphs, {64}, padded=50)
+    lengths, captures = (33, 2, 40, 35, 1, 50, 3, 64, 48), []
+    ours, theirs = model.new_state(), model.new_state()
+    for length in lengths:
+        tokens = torch.tensor([tokens_of(length, length)])
+        assert torch.equal(forward(tokens, ours), plain(tokens, theirs))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs.tensors)
+        captures.append(graphs.captures)
+    expected = [(48, 33), (16, 2), (48, 40), (48, 35), (1, None), (50, None), (16, 3), (64, None), (48, 48)]
+    assert sizes == expected
+    assert captures == [0, 0, 1, 1, 1, 1, 2, 3, 3]
+    forward(torch.tensor([tokens_of(9)]), ours, every=True)
+    assert sizes[-1] == (9, None)
+
+
+@given(st.integers(1, 1 << 20))
+def test_a_size_holds_the_prompt_and_little_more(length: int) -> None:
+    size = size_of(length)
+    assert length <= size < length + max(LEAST_STEP, length / 4)
+    assert size % LEAST_STEP == 0
+    assert size_of(size) == size

@@ -308,13 +308,32 @@ def test_a_whole_chunk_is_one_graph_and_says_what_its_kernels_say(plugins: Plugi
     model = on_gpu(plugins, torch.bfloat16, name)
     forward = Fused().forward(model)
     assert isinstance(forward, CapturedPrompts)
-    sizes = [*forward.lengths, *forward.lengths, 3]
+    sizes = [*forward.whole, *forward.whole, 3]
     tokens = torch.tensor([tokens_of(sum(sizes))], device="cuda")
     states = [model.new_state(), model.new_state()]
     for piece in tokens.split(sizes, dim=1):
         assert torch.equal(forward(piece, states[0]), forward.forward(piece, states[1]))
-    assert sorted(forward._chunks) == sorted(forward.lengths)
+    assert sorted(forward._chunks) == sorted(forward.whole)
     assert all(torch.equal(states[0][tensor], states[1][tensor]) for tensor in states[0].tensors)
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_a_prompt_that_is_filled_up_says_the_same_before_and_after_its_size_is_captured(
+    plugins: Plugins, name: str
+) -> None:
+    model, in_full = pair(plugins, torch.bfloat16, name)
+    forward, exact = Fused(Tuning(padded=1 << 40)).forward(model), Eager().forward(in_full)
+    assert isinstance(forward, CapturedPrompts)
+    for captured, length in enumerate((2, 33, 600)):
+        tokens = torch.tensor([tokens_of(length)], device="cuda")
+        states = [model.new_state() for _ in range(4)]
+        first, second, third = (forward(tokens, state) for state in states[:3])
+        assert len(forward._chunks) == captured + 1
+        assert torch.equal(first, second)
+        assert torch.equal(first, third)
+        assert all(torch.equal(states[0][tensor], states[2][tensor]) for tensor in states[0].tensors)
+        plain = forward.forward(tokens, states[3])
+        no_further(first[:, PRESENT], plain[:, PRESENT], exact(tokens, in_full.new_state())[:, PRESENT])
 
 
 class Waits(Nucleus):
@@ -348,5 +367,5 @@ def test_a_graph_can_be_captured_after_the_last_one_is_gone(
     forward = backend.forward(model)
     assert isinstance(forward, CapturedPrompts)
     with caplog.at_level(logging.WARNING):
-        forward(torch.tensor([tokens_of(min(forward.lengths))], device="cuda"), model.new_state())
+        forward(torch.tensor([tokens_of(min(forward.whole))], device="cuda"), model.new_state())
     assert forward._chunks, caplog.text

@@ -15,8 +15,19 @@ from torch import Tensor
 from rwkv_backends.deferred import DeferredState
 from rwkv_backends.graphs import Graphs
 from rwkv_backends.kernels.tuning import Tuning
-from rwkv_backends.prompts import CapturedPrompts
-from rwkv_runtime import Architecture, Backend, Forward, Model, Outcome, State, Tick, chunk_size, hookimpl
+from rwkv_backends.prompts import CapturedPrompts, Padded, size_of
+from rwkv_runtime import (
+    Architecture,
+    Backend,
+    Forward,
+    Model,
+    ModelConfig,
+    Outcome,
+    State,
+    Tick,
+    chunk_size,
+    hookimpl,
+)
 
 FAMILIES = {name: f"rwkv_backends.kernels.{name}" for name in ("rwkv6", "rwkv7")}
 """The modules that have `forward(model, tuning)` for the architecture of that name."""
@@ -72,18 +83,25 @@ class Fused(Backend):
             self._settle(logits)
 
     def forward(self, model: Model) -> Forward:
-        family: Callable[[Model, Tuning], Forward] = import_module(FAMILIES[model.architecture.name]).forward
+        family: Callable[[Model, Tuning], Padded] = import_module(FAMILIES[model.architecture.name]).forward
         tuning = self.tuning if overlaps(model.device) else replace(self.tuning, overlap=False)
         forward = family(model, tuning)
         if model.device.type == "cuda":
             # Compiles now, so that a failure shows here; decode steps are compiled by `freeze`.
-            short = family(beginning(model), tuning)
-            for length in tuning.prompts:
-                logits = short(torch.zeros(1, length, dtype=torch.int64, device=model.device), model.new_state())
+            whole = {chunk_size(model.device, waited_for) for waited_for in (False, True)}
+            padded = min(*whole, tuning.padded // multiplications(model.config))
+            logits = self._begin_prompts(family(beginning(model), tuning), model, padded)
             self._settle(logits.float())  # as an engine keeps them
-            lengths = {chunk_size(model.device, waited_for) for waited_for in (False, True)}
-            return CapturedPrompts(forward, model, self._graphs, lengths)
+            return CapturedPrompts(forward, model, self._graphs, whole, padded)
         return forward
+
+    def _begin_prompts(self, short: Padded, model: Model, padded: int) -> Tensor:
+        """Starts every variant of the kernels that prompts may need; the last logits."""
+        lengths = self.tuning.prompts
+        for length, filled in {(n, n < padded) for n in lengths} | {(lengths[-1], False)}:
+            tokens = torch.zeros(1, size_of(length) if filled else length, dtype=torch.int64, device=model.device)
+            logits = short(tokens, model.new_state(), length=tokens.new_full((1,), length) if filled else None)
+        return logits
 
     def _settle(self, logits: Tensor) -> None:
         """Both ends of a draw, from the first row of logits [B, V]: not every sampler is part of what is frozen."""
@@ -120,6 +138,12 @@ class Fused(Backend):
 def beginning(model: Model) -> Model:
     """The model with its first layers alone, which between them start every kernel that the others do."""
     return replace(model, weights=model.weights._replace(blocks=model.weights.blocks[:LAYERS]))
+
+
+def multiplications(config: ModelConfig) -> int:
+    """Of a token with a layer's large matrices."""
+    C = config.n_embd
+    return 6 * C * C + 2 * C * config.n_ffn
 
 
 def _hash_triton() -> None:

@@ -1,75 +1,116 @@
-"""A whole chunk of a long prompt as one CUDA graph: its kernels are started faster than Python can start them."""
+"""Prompts as CUDA graphs: their kernels are started faster than Python can start them."""
 
 from __future__ import annotations
 
 import logging
 import threading
 from collections.abc import Collection
+from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rwkv_backends.graphs import Graphs
 from rwkv_runtime import Forward, Model, State
 
+LEAST_STEP = 16
+"""Prompts are filled up to a multiple of so many tokens at least."""
 logger = logging.getLogger("rwkv_runtime")
 
 
-class CapturedPrompts:
-    """A forward pass that reads one sequence of exactly so many tokens by a graph, captured when the first comes.
+class Padded(Protocol):
+    """A `Forward` to which `length`, int64 [1], may say how many tokens of one sequence are there, two or more. The rest
+    are padding: they change neither the state nor the logits of the last token."""
 
-    The graph has tokens, state and logits of its own, which are copied to and from: a fraction of a thousandth of the
-    time. Anything else goes to the forward pass as it is, and all of it where a graph cannot be captured. Threads take
-    turns: what one of them asks of the device comes in one piece.
+    def __call__(self, tokens: Tensor, state: State, every: bool = False, length: Tensor | None = None) -> Tensor: ...
+
+
+class CapturedPrompts:
+    """A forward pass that reads one sequence by graphs where it has a length for which there is one.
+
+    Of exactly so many tokens as `whole` has, the graph is captured when the first comes. What is shorter than `padded`
+    is filled up to one of few sizes, always, so that what it says does not depend on what was read before; when the
+    second of a size comes, that is captured. Graphs have a state and logits of their own, which are copied to and from:
+    a fraction of a thousandth of the time. Anything else goes to the forward pass as it is, and all of it where a graph
+    cannot be captured. Threads take turns: what one of them asks of the device comes in one piece.
     """
 
-    def __init__(self, forward: Forward, model: Model, graphs: Graphs, lengths: Collection[int]) -> None:
-        self.forward, self.model, self.graphs, self.lengths = forward, model, graphs, lengths
+    def __init__(self, forward: Padded, model: Model, graphs: Graphs, whole: Collection[int], padded: int = 0) -> None:
+        self.forward, self.model, self.graphs, self.whole, self.padded = forward, model, graphs, whole, padded
         self.narrow: Forward | None = getattr(forward, "narrow", None)
         self._chunks: dict[int, _Chunk] = {}
+        self._buffers: _Buffers | None = None
+        self._met: set[int] = set(whole)
         self._refused = False
         self._turn = threading.Lock()
 
     def __call__(self, tokens: Tensor, state: State, every: bool = False) -> Tensor:
-        rows, length = tokens.shape
-        if every or rows != 1 or length not in self.lengths:
+        rows, T = tokens.shape
+        fill = 1 < T < self.padded and T not in self.whole
+        size = size_of(T) if fill else T
+        if every or rows != 1 or not (fill or size in self.whole):
             return self.forward(tokens, state, every)
         with self._turn:
-            if length not in self._chunks and not self._refused:
-                self._capture(length)
-            if length in self._chunks:
-                return self._chunks[length].read(tokens, state)
-        return self.forward(tokens, state, every)
+            if chunk := self._chunk(size, fill):
+                return chunk.read(tokens, state)
+        if not fill:
+            return self.forward(tokens, state)
+        return self.forward(F.pad(tokens, (0, size - T)), state, length=tokens.new_full((1,), T))
 
-    def _capture(self, length: int) -> None:
-        try:
-            self._chunks[length] = _Chunk(self.forward, self.model, self.graphs, length)
-        except RuntimeError as error:  # no memory for it, say
-            self._refused = True
-            reason = str(error).strip().splitlines()[0]
-            logger.warning(f"prompts are read without a captured graph, which is slower: {reason}")
+    def _chunk(self, size: int, fill: bool) -> _Chunk | None:
+        if size not in self._met:
+            self._met.add(size)
+        elif size not in self._chunks and not self._refused:
+            try:
+                self._buffers = self._buffers or _Buffers(self.model)
+                self._chunks[size] = _Chunk(self.forward, self._buffers, self.graphs, size, fill)
+            except RuntimeError as error:  # no memory for it, say
+                self._refused = True
+                reason = str(error).strip().splitlines()[0]
+                logger.warning(f"prompts are read without a captured graph, which is slower: {reason}")
+        return self._chunks.get(size)
+
+
+def size_of(length: int) -> int:
+    """The first that holds so many tokens of the sizes that prompts are filled up to: four from a power of two to the
+    next."""
+    step = max(LEAST_STEP, (1 << (length - 1).bit_length()) >> 3)
+    return -(-length // step) * step
+
+
+class _Buffers:
+    """What all graphs read and write: no two of them run at once."""
+
+    def __init__(self, model: Model) -> None:
+        with torch.inference_mode(False):  # callers of either mode write to them
+            self.state = model.new_state()
+            self.logits = torch.zeros((1, model.config.vocab_size), device=model.device)
+            self.length = torch.ones(1, dtype=torch.int64, device=model.device)
 
 
 class _Chunk:
-    """One captured chunk. Raises RuntimeError where it cannot be captured."""
+    """One captured size. Raises RuntimeError where it cannot be captured."""
 
-    def __init__(self, forward: Forward, model: Model, graphs: Graphs, length: int) -> None:
-        with torch.inference_mode(False):  # its buffers are written to by callers of either mode
-            self.tokens = torch.zeros((1, length), dtype=torch.int64, device=model.device)
-            self.state = model.new_state()
-            self.logits = torch.zeros((1, model.config.vocab_size), device=model.device)
+    def __init__(self, forward: Padded, buffers: _Buffers, graphs: Graphs, size: int, fill: bool) -> None:
+        self.buffers = buffers
+        state, logits, length = buffers.state, buffers.logits, buffers.length if fill else None
+        with torch.inference_mode(False):
+            self.tokens = torch.zeros((1, size), dtype=torch.int64, device=logits.device)
 
         def chunk() -> None:
-            self.logits.copy_(forward(self.tokens, self.state))
+            logits.copy_(forward(self.tokens, state, length=length))
 
         with torch.no_grad():
-            self.replay = graphs.capture(chunk, [*self.state.tensors.values(), self.logits])
+            self.replay = graphs.capture(chunk, [*state.tensors.values(), logits])
 
     def read(self, tokens: Tensor, state: State) -> Tensor:
-        self.tokens.copy_(tokens)
-        for name, own in self.state.tensors.items():
+        T, buffers = tokens.shape[1], self.buffers
+        self.tokens[:, :T].copy_(tokens)
+        buffers.length.fill_(T)
+        for name, own in buffers.state.tensors.items():
             own.copy_(state[name])
         self.replay()
-        for name, own in self.state.tensors.items():
+        for name, own in buffers.state.tensors.items():
             state[name].copy_(own)
-        return self.logits.clone()
+        return buffers.logits.clone()

@@ -21,6 +21,14 @@ def wait_for_earlier(OVERLAP: tl.constexpr):
 
 
 @triton.jit
+def there_of(length_ptr, T):
+    """How many tokens of a sequence of T are there, the rest being padding: all, or what is at length_ptr."""
+    if length_ptr is None:
+        return T
+    return tl.load(length_ptr).to(tl.int32)
+
+
+@triton.jit
 def share(index, programs, count):
     """Which of `count` things a program takes: from, to. No program has two more than another."""
     return index * count // programs, (index + 1) * count // programs

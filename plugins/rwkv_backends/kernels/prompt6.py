@@ -16,24 +16,30 @@ from rwkv_backends.kernels.tuning import Tuning
 from rwkv_runtime import State
 
 
-def read(x: Tensor, state: State, layers: Sequence[tuple[Block, float]], tuning: Tuning) -> Tensor:
+def read(
+    x: Tensor,
+    state: State,
+    layers: Sequence[tuple[Block, float]],
+    tuning: Tuning,
+    length: Tensor | None = None,
+) -> Tensor:
     """x [B*T, C] -> the same after all layers, each with what x is scaled by after it.
 
     The state is updated in place: what the next token is shifted from at the end of all, so that kernels of first
-    tokens may read what those of last ones would write.
+    tokens may read what those of last ones would write. `length`: see `Padded`.
     """
     att_x, ffn_x = state["att_x_prev"], state["ffn_x_prev"]
     att_last, ffn_last = torch.empty_like(att_x), torch.empty_like(ffn_x)
 
     def first_shift(i: int) -> Shift:
         block = layers[i][0]
-        return Shift(att_x[i], block.ln1, (None, block.att.maa_x), att_last[i])
+        return Shift(att_x[i], block.ln1, (None, block.att.maa_x), att_last[i], length)
 
     normed, first = tokens.shift(x, first_shift(0), tuning)
     for i, (block, scale) in enumerate(layers):
         ffn = block.ffn
-        _time_mixing(x, normed, first, att_x[i], state["att_kv"][i], block, tuning)
-        to = Shift(ffn_x[i], block.ln2, (ffn.maa_k, ffn.maa_r), ffn_last[i])
+        _time_mixing(x, normed, first, att_x[i], state["att_kv"][i], block, tuning, length)
+        to = Shift(ffn_x[i], block.ln2, (ffn.maa_k, ffn.maa_r), ffn_last[i], length)
         key, receptance = tokens.shift(x, to, tuning)
         r = linear(receptance, ffn.receptance)
         v = linear(mixing.relu_squared(linear(key, ffn.key), tuning), ffn.value)
@@ -47,7 +53,14 @@ def read(x: Tensor, state: State, layers: Sequence[tuple[Block, float]], tuning:
 
 
 def _time_mixing(
-    x: Tensor, normed: Tensor, first: Tensor, prev: Tensor, kv: Tensor, block: Block, tuning: Tuning
+    x: Tensor,
+    normed: Tensor,
+    first: Tensor,
+    prev: Tensor,
+    kv: Tensor,
+    block: Block,
+    tuning: Tuning,
+    length: Tensor | None,
 ) -> None:
     """x [B*T, C] and kv [B, H, N, N] are updated in place; normed and first are what `tokens.shift` made of x."""
     att = block.att
@@ -57,5 +70,5 @@ def _time_mixing(
     low = dense(mixed[0].to(att.decay_w1.dtype), att.decay_w1)
     kvrg = linears(mixed[1:], att.kvrg)
     norm = att.ln_x_weight, att.ln_x_bias
-    out = spans6.wkv(kvrg, low, att.decay_w2, att.decay, att.bonus, norm, kv, x, tuning)
+    out = spans6.wkv(kvrg, low, att.decay_w2, att.decay, att.bonus, norm, kv, x, tuning, length)
     add_product(out, att.output, x)

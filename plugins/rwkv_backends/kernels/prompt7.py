@@ -17,23 +17,26 @@ from rwkv_backends.kernels.tuning import Tuning
 from rwkv_runtime import State
 
 
-def read(x: Tensor, state: State, layers: Sequence[Layer], beside: Beside, tuning: Tuning) -> Tensor:
+def read(
+    x: Tensor, state: State, layers: Sequence[Layer], beside: Beside, tuning: Tuning, length: Tensor | None = None
+) -> Tensor:
     """x [B*T, C] through all layers, in place.
 
     The state is updated in place: what the next token is shifted from at the end of all, so that kernels of first
-    tokens may read what those of last ones would write.
+    tokens may read what those of last ones would write. `length`: see `Padded`.
     """
     att_x, ffn_x = state["att_x_prev"], state["ffn_x_prev"]
     att_last, ffn_last = torch.empty_like(att_x), torch.empty_like(ffn_x)
     first: Tensor | None = None  # the values of the first layer [B*T, C]
     for i, layer in enumerate(layers):
         ffn = layer.block.ffn
-        mixed = tokens.shift(x, Shift(att_x[i], layer.block.ln1, layer.mu.unbind(0), att_last[i]), tuning)
+        to = Shift(att_x[i], layer.block.ln1, layer.mu.unbind(0), att_last[i], length)
+        mixed = tokens.shift(x, to, tuning)
         rkv, raw = products(mixed, layer, beside, tuning)
-        out = spans7.wkv(rkv, raw, layer.heads, first, state["att_kv"][i], x, tuning)
+        out = spans7.wkv(rkv, raw, layer.heads, first, state["att_kv"][i], x, tuning, length)
         first = rkv[2] if first is None else first
         add_product(out, layer.block.att.output, x)
-        key = tokens.shift(x, Shift(ffn_x[i], layer.block.ln2, (ffn.shift,), ffn_last[i]), tuning)[0]
+        key = tokens.shift(x, Shift(ffn_x[i], layer.block.ln2, (ffn.shift,), ffn_last[i], length), tuning)[0]
         add_product(mixing.relu_squared(linear(key, ffn.key), tuning), ffn.value, x)
     att_x.copy_(att_last)
     ffn_x.copy_(ffn_last)

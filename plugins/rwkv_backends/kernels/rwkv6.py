@@ -14,9 +14,11 @@ from rwkv_backends.deferred import DeferredState
 from rwkv_backends.kernels import batch6, mixing, prompt6, skinny6, vector, wkv6
 from rwkv_backends.kernels.beside import Beside
 from rwkv_backends.kernels.ffn import channel_mixing
+from rwkv_backends.kernels.tokens import last_of
 from rwkv_backends.kernels.tuning import Tuning
 from rwkv_backends.kernels.widen import Widened
-from rwkv_runtime import Forward, Model, State
+from rwkv_backends.prompts import Padded
+from rwkv_runtime import Model, State
 
 
 class Layer(NamedTuple):
@@ -38,22 +40,22 @@ def pack(weights: Weights, tuning: Tuning) -> list[Layer]:
     return layers
 
 
-def forward(model: Model, tuning: Tuning) -> Forward:
-    """The forward pass of a model; see `Forward` for what it takes."""
+def forward(model: Model, tuning: Tuning) -> Padded:
+    """The forward pass of a model; see `Forward` and `Padded` for what it takes."""
     weights: Weights = model.weights
     layers = pack(weights, tuning)
     blocks = [(layer.block, layer.scale) for layer in layers]
     second = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
 
-    def run(tokens: Tensor, state: State, every: bool = False) -> Tensor:
+    def run(tokens: Tensor, state: State, every: bool = False, length: Tensor | None = None) -> Tensor:
         B, T = tokens.shape
         with torch.cuda.device_of(tokens):
             x = mixing.embed(tokens.flatten().contiguous(), weights.emb, weights.ln0, tuning)
             if T > 1:
                 if isinstance(state, DeferredState):
                     state.settle()
-                x = prompt6.read(x, state, blocks, tuning).view(B, T, -1)
-                x = x if every else x[:, -1]
+                x = prompt6.read(x, state, blocks, tuning, length).view(B, T, -1)
+                x = x if every else last_of(x, length)
                 return linear(F.layer_norm(x, x.shape[-1:], *weights.ln_out), weights.head)
             if tuning.vector_rows >= B:
                 # One layer of a state is contiguous, whichever of its rows a view has; the engine moves rows so that

@@ -12,10 +12,12 @@ from rwkv_backends.kernels import adapters7, batch7, mixing, prompt7, vector, ve
 from rwkv_backends.kernels.batch7 import Layer
 from rwkv_backends.kernels.beside import Beside
 from rwkv_backends.kernels.ffn import channel_mixing
+from rwkv_backends.kernels.tokens import last_of
 from rwkv_backends.kernels.tuning import Tuning
 from rwkv_backends.kernels.widen import Widened
 from rwkv_backends.kernels.wkv7 import Heads
-from rwkv_runtime import Forward, Model, State
+from rwkv_backends.prompts import Padded
+from rwkv_runtime import Model, State
 
 ALIGNED = 16
 """Ranks are multiples of so many numbers, as cuBLAS and its tiles want them."""
@@ -41,19 +43,19 @@ def _heads(att: TimeMixing) -> Heads:
     return Heads(att.decay.base, att.rate.base, base, att.removal, att.replacement, att.bonus, *norm)
 
 
-def forward(model: Model, tuning: Tuning) -> Forward:
-    """The forward pass of a model; see `Forward` for what it takes."""
+def forward(model: Model, tuning: Tuning) -> Padded:
+    """The forward pass of a model; see `Forward` and `Padded` for what it takes."""
     weights: Weights = model.weights
     layers = pack(weights, tuning)
     second = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
 
-    def run(tokens: Tensor, state: State, every: bool = False) -> Tensor:
+    def run(tokens: Tensor, state: State, every: bool = False, length: Tensor | None = None) -> Tensor:
         B, T = tokens.shape
         with torch.cuda.device_of(tokens):
             x = mixing.embed(tokens.flatten().contiguous(), weights.emb, weights.ln0, tuning)
             if T > 1:
-                x = prompt7.read(x, state, layers, Beside(second), tuning).view(B, T, -1)
-                x = x if every else x[:, -1]
+                x = prompt7.read(x, state, layers, Beside(second), tuning, length).view(B, T, -1)
+                x = x if every else last_of(x, length)
                 return linear(F.layer_norm(x, x.shape[-1:], *weights.ln_out), weights.head)
             if tuning.vector_rows >= B:
                 _few(x, state, layers, tuning)

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rwkv_backends.kernels.device import let_next_begin, sigmoid, store, store_state, tanh, wait_for_earlier
+from rwkv_backends.kernels.device import let_next_begin, sigmoid, store, store_state, tanh, there_of, wait_for_earlier
 from rwkv_backends.kernels.tuning import Tuning
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -97,9 +97,9 @@ def scores_of(r, k, r_ptr, k_ptr, own, live, between_ptr, log_w, i, LEAST: tl.co
 
 
 @triton.jit(do_not_specialize=["M", "T", "slots"])
-def added_kernel(kvrg_ptr, low_ptr, w_ptr, decay_ptr, between_ptr, added_ptr, kept_ptr, logs_ptr, M, T, slots, H,
-                 D: tl.constexpr, RANK: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, HALVINGS: tl.constexpr,
-                 PRECISION: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+def added_kernel(kvrg_ptr, low_ptr, w_ptr, decay_ptr, between_ptr, added_ptr, kept_ptr, logs_ptr, length_ptr, M, T,
+                 slots, H, D: tl.constexpr, RANK: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr,
+                 HALVINGS: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """What a whole span adds to the state, and the share of the state that it keeps."""
     let_next_begin(OVERLAP)
     wait_for_earlier(OVERLAP)
@@ -107,7 +107,7 @@ def added_kernel(kvrg_ptr, low_ptr, w_ptr, decay_ptr, between_ptr, added_ptr, ke
     c, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     i, n = tl.arange(0, SPAN), tl.arange(0, N)
     start = b * T + c * SPAN
-    live = (i < T - c * SPAN)[:, None]
+    live = (i < there_of(length_ptr, T) - c * SPAN)[:, None]
     k_ptr = kvrg_ptr + start * (H * N) + h * N
     own = i[:, None] * (H * N) + n[None, :]
     k = tl.load(k_ptr + own, mask=live, other=0.0)  # [SPAN, N]
@@ -149,8 +149,8 @@ def carry_kernel(kv_ptr, kept_ptr, added_ptr, starts_ptr, slots, H, N: tl.conste
 
 
 @triton.jit(do_not_specialize=["M", "T", "slots"])
-def outputs_kernel(kvrg_ptr, between_ptr, logs_ptr, u_ptr, weight_ptr, bias_ptr, starts_ptr, out_ptr, M, T, slots, H,
-                   LEAST: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, HALVINGS: tl.constexpr,
+def outputs_kernel(kvrg_ptr, between_ptr, logs_ptr, u_ptr, weight_ptr, bias_ptr, starts_ptr, out_ptr, length_ptr, M, T,
+                   slots, H, LEAST: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, HALVINGS: tl.constexpr,
                    PRECISION: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """A span from the state it starts from."""
     let_next_begin(OVERLAP)
@@ -160,7 +160,7 @@ def outputs_kernel(kvrg_ptr, between_ptr, logs_ptr, u_ptr, weight_ptr, bias_ptr,
     h = H - 1 - tl.program_id(1)  # the last heads have the strongest decays, as models are trained: the longest first
     i, n = tl.arange(0, SPAN), tl.arange(0, N)
     start = b * T + c * SPAN
-    live = (i < T - c * SPAN)[:, None]
+    live = (i < there_of(length_ptr, T) - c * SPAN)[:, None]
     k_ptr, part = kvrg_ptr + start * (H * N) + h * N, tl.cast(M, tl.int64) * (H * N)
     own = i[:, None] * (H * N) + n[None, :]
     log_w = tl.load(logs_ptr + start * (H * N) + h * N + own, mask=live, other=0.0)
@@ -216,11 +216,12 @@ def wkv(
     kv: Tensor,
     like: Tensor,
     tuning: Tuning,
+    length: Tensor | None = None,
 ) -> Tensor:
     """kvrg [4, M, C]; decay exp(-exp(decay + W tanh(low))), low [M, D], w [C, D], decay [C]; u and both of norm [H, N].
 
     Returns LN_head(o) silu(g) [M, C], of the dtype of `like`. kv [B, H, K, V], float32 or float16, is updated in
-    place; its rows are contiguous: one layer of a state, or of a view of its rows.
+    place; its rows are contiguous: one layer of a state, or of a view of its rows. `length`: see `Padded`.
     """
     _, M, C = kvrg.shape
     B, H, N, _ = kv.shape
@@ -235,7 +236,7 @@ def wkv(
     logs = torch.empty_like(kvrg[0], dtype=table.dtype)
     rank = max(16, triton.next_power_of_2(D))
     added_kernel[slots, H, B](
-        kvrg, low, w, decay, table, added, kept, logs, M, T, slots, H, D, rank, **sizes, **tuning.launch
+        kvrg, low, w, decay, table, added, kept, logs, length, M, T, slots, H, D, rank, **sizes, **tuning.launch
     )
     starts = torch.empty_like(added, dtype=table.dtype)  # as the tensor cores take them
     rows = min(N, max(1, 256 // N))
@@ -245,7 +246,7 @@ def wkv(
     )  # fmt: skip
     out = like.new_empty(M, C)
     outputs_kernel[slots, H, B](
-        kvrg, table, logs, u, *norm, starts, out, M, T, slots, H, tuning.least_decay,
+        kvrg, table, logs, u, *norm, starts, out, length, M, T, slots, H, tuning.least_decay,
         **sizes, **tuning.launch, maxnreg=REGISTERS if table.element_size() == 2 and N <= 64 else None,
     )  # fmt: skip
     return out

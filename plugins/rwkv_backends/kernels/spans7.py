@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rwkv_backends.kernels.device import let_next_begin, sigmoid, store, store_state, wait_for_earlier
+from rwkv_backends.kernels.device import let_next_begin, sigmoid, store, store_state, there_of, wait_for_earlier
 from rwkv_backends.kernels.tuning import Tuning
 from rwkv_backends.kernels.wkv7 import LOG2_LEAST, Heads
 
@@ -65,8 +65,9 @@ def mixed_values(v_ptr, raw_ptr, mix_ptr, first_ptr, values_ptr, base, own, chan
 
 @triton.jit(do_not_specialize=["M", "T", "slots"])
 def spans_kernel(rkv_ptr, raw_ptr, decay_ptr, rate_ptr, mix_ptr, removal_ptr, replacement_ptr, bonus_ptr, first_ptr,
-                 values_ptr, bonuses_ptr, seeing_ptr, own_ptr, factors_ptr, added_ptr, kept_ptr, M, T, slots, H,
-                 N: tl.constexpr, L: tl.constexpr, DOUBLINGS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                 values_ptr, bonuses_ptr, seeing_ptr, own_ptr, factors_ptr, added_ptr, kept_ptr, length_ptr, M, T,
+                 slots, H, N: tl.constexpr, L: tl.constexpr, DOUBLINGS: tl.constexpr,
+                 OVERLAP: tl.constexpr):  # fmt: skip
     """What a span makes of any state: outputs `seeing` S + `own`, and the state kept S + `factors` S + `added`."""
     let_next_begin(OVERLAP)
     wait_for_earlier(OVERLAP)
@@ -75,7 +76,8 @@ def spans_kernel(rkv_ptr, raw_ptr, decay_ptr, rate_ptr, mix_ptr, removal_ptr, re
     i, n = tl.arange(0, L), tl.arange(0, N)
     channel = h * N + n
     start = b * T + c * L
-    live = (i < T - c * L)[:, None]
+    there = i < there_of(length_ptr, T) - c * L
+    live = there[:, None]
     base, part = start * (H * N) + h * N, tl.cast(M, tl.int64) * (H * N)
     own = i[:, None] * (H * N) + n[None, :]
     rkv_ptr += base
@@ -100,7 +102,7 @@ def spans_kernel(rkv_ptr, raw_ptr, decay_ptr, rate_ptr, mix_ptr, removal_ptr, re
     r = tl.load(rkv_ptr + own, mask=live, other=0.0).to(tl.float32)
     r = (r * tl.exp2(until)).to(OPERAND)
     extra = tl.sum(r.to(tl.float32) * k.to(tl.float32) * tl.load(bonus_ptr + channel)[None, :], 1)
-    tl.store(bonuses_ptr + (start + i) * H + h, extra, mask=i < T - c * L)
+    tl.store(bonuses_ptr + (start + i) * H + h, extra, mask=there)
 
     x = inverse(tl.dot(a, tl.trans(given), input_precision=PRECISION).to(OPERAND), i, DOUBLINGS).to(OPERAND)
     u = tl.dot(x, a, input_precision=PRECISION).to(OPERAND)
@@ -150,8 +152,8 @@ def carry_kernel(kv_ptr, kept_ptr, factors_ptr, added_ptr, starts_ptr, slots, H,
 
 
 @triton.jit(do_not_specialize=["T", "slots"])
-def outputs_kernel(seeing_ptr, own_ptr, starts_ptr, values_ptr, gate_ptr, bonuses_ptr, weight_ptr, bias_ptr, out_ptr, T,
-                   slots, H, N: tl.constexpr, L: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+def outputs_kernel(seeing_ptr, own_ptr, starts_ptr, values_ptr, gate_ptr, bonuses_ptr, weight_ptr, bias_ptr, out_ptr,
+                   length_ptr, T, slots, H, N: tl.constexpr, L: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """A span from the state it starts from: group norm, bonus and gate after it."""
     let_next_begin(OVERLAP)
     wait_for_earlier(OVERLAP)
@@ -159,14 +161,15 @@ def outputs_kernel(seeing_ptr, own_ptr, starts_ptr, values_ptr, gate_ptr, bonuse
     i, n = tl.arange(0, L), tl.arange(0, N)
     channel = h * N + n
     start = b * T + c * L
-    live = (i < T - c * L)[:, None]
+    there = i < there_of(length_ptr, T) - c * L
+    live = there[:, None]
     own = start * (H * N) + i[:, None] * (H * N) + channel[None, :]
     seeing = tl.load(seeing_ptr + own, mask=live, other=0.0)  # [L, N]
     s = tl.load(starts_ptr + ((b * slots + c) * H + h) * N * N + n[:, None] * N + n[None, :])  # [K, V]
     o = tl.load(own_ptr + own, mask=live, other=0.0).to(tl.float32)
     v = tl.load(values_ptr + own, mask=live, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + own, mask=live, other=0.0).to(tl.float32)
-    bonus = tl.load(bonuses_ptr + (start + i) * H + h, mask=i < T - c * L, other=0.0)
+    bonus = tl.load(bonuses_ptr + (start + i) * H + h, mask=there, other=0.0)
     o = tl.dot(seeing, s, o, input_precision=PRECISION)
     apart = o - (tl.sum(o, 1) / N)[:, None]
     y = apart * tl.rsqrt(tl.sum(apart * apart, 1) / N + 64e-5)[:, None]
@@ -175,11 +178,18 @@ def outputs_kernel(seeing_ptr, own_ptr, starts_ptr, values_ptr, gate_ptr, bonuse
 
 
 def wkv(
-    rkv: Tensor, raw: Tensor, heads: Heads, first: Tensor | None, kv: Tensor, like: Tensor, tuning: Tuning
+    rkv: Tensor,
+    raw: Tensor,
+    heads: Heads,
+    first: Tensor | None,
+    kv: Tensor,
+    like: Tensor,
+    tuning: Tuning,
+    length: Tensor | None = None,
 ) -> Tensor:
     """`wkv7.rows` of T tokens each: rkv [3, M, C], raw [n, M, C], first [M, C], kv [B, H, K, V] -> [M, C].
 
-    The first kernel follows two streams.
+    `length`: see `Padded`. The first kernel follows two streams.
     """
     _, M, C = rkv.shape
     B, H, N, _ = kv.shape
@@ -195,7 +205,7 @@ def wkv(
     factors, starts = (kv.new_empty(B, slots, H, N, N, dtype=operand) for _ in range(2))
     added = torch.empty_like(factors, dtype=torch.float32)
     spans_kernel[slots, H, B](
-        rkv, raw, *heads[:6], first, values, bonuses, seeing, own, factors, added, kept, M, T, slots, H, N, L,
+        rkv, raw, *heads[:6], first, values, bonuses, seeing, own, factors, added, kept, length, M, T, slots, H, N, L,
         L.bit_length() - 1, num_warps=warps, **tuning.alone.launch,
     )  # fmt: skip
     stages = 4 if N <= 64 else 2  # as shared memory has room
@@ -204,7 +214,7 @@ def wkv(
     )  # fmt: skip
     out = like.new_empty(M, C)
     outputs_kernel[slots, H, B](
-        seeing, own, starts, values, raw[-1], bonuses, *heads[6:], out, T, slots, H, N, L, num_warps=warps,
+        seeing, own, starts, values, raw[-1], bonuses, *heads[6:], out, length, T, slots, H, N, L, num_warps=warps,
         **tuning.launch,
     )  # fmt: skip
     return out

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rwkv_backends.kernels.device import let_next_begin, load_vector, sigmoid, store, wait_for_earlier
+from rwkv_backends.kernels.device import let_next_begin, load_vector, sigmoid, store, there_of, wait_for_earlier
 from rwkv_backends.kernels.mixing import across
 from rwkv_backends.kernels.tuning import Tuning
 
@@ -80,7 +80,7 @@ def normed(x, weight, bias, mask, C: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "T"])
 def tokens_kernel(x_ptr, r_ptr, v_ptr, gated_ptr, scale, prev_ptr, weight_ptr, bias_ptr, maa_ptrs, out_ptrs, last_ptr,
-                  M, T, C: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
+                  length_ptr, M, T, C: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
                   OVERLAP: tl.constexpr):  # fmt: skip
     """Without v, x is not gated; without weight, it is not normed and shifted; without maa, out is what is shifted."""
     let_next_begin(OVERLAP)
@@ -100,6 +100,7 @@ def tokens_kernel(x_ptr, r_ptr, v_ptr, gated_ptr, scale, prev_ptr, weight_ptr, b
             tl.store(at, x[j + 1], mask=cols < tl.where(start + j < M, C, 0))
     if weight_ptr is not None:
         y = normed(x, weight, bias, mask, C)
+        count = there_of(length_ptr, T)
         for j in tl.static_range(TOKENS):
             m = start + j
             b = m.to(tl.int32) // T  # whole numbers of 64 bits take long to divide
@@ -115,7 +116,7 @@ def tokens_kernel(x_ptr, r_ptr, v_ptr, gated_ptr, scale, prev_ptr, weight_ptr, b
                     tl.store(out_ptrs[i] + m * C + cols, y[j + 1], mask=there)
                 else:
                     store(out_ptrs[i] + m * C + cols, here + dx * load_vector(maa_ptrs[i], cols, mask), there)
-            ends = (m < M) & (t == T - 1)
+            ends = (m < M) & (t == count - 1)
             tl.store(last_ptr + b * C + cols, y[j + 1], mask=cols < tl.where(ends, C, 0))
 
 
@@ -126,6 +127,7 @@ class Shift(NamedTuple):
     norm: tuple[Tensor, Tensor]
     maa: tuple[Tensor | None, ...]  # None for what is shifted itself
     last: Tensor  # [B, C]: where the last tokens are left for what follows
+    length: Tensor | None = None  # see `Padded`
 
 
 def shift(x: Tensor, to: Shift, tuning: Tuning) -> Tensor:
@@ -160,13 +162,18 @@ def _start(
     tuning: Tuning,
 ) -> None:
     M, C = x.shape
-    prev, norm, maa, last = to or (None, (None, None), None, None)
+    prev, norm, maa, last, length = to or (None, (None, None), None, None, None)
     T = M // len(prev) if prev is not None else M
     options, tokens = across(C), tuning.tokens
     registers = REGISTERS
     if options["BLOCK"] > 2048:  # as many numbers a thread with fewer rows
         tokens, registers = 2, WIDE_REGISTERS
     tokens_kernel[triton.cdiv(M, tokens),](
-        x, r, v, gated, scale, prev, *norm, maa, None if out is None else out.unbind(0), last, M, T,
+        x, r, v, gated, scale, prev, *norm, maa, None if out is None else out.unbind(0), last, length, M, T,
         **options, TOKENS=tokens, maxnreg=registers if x.element_size() == 2 else None, **tuning.launch,
     )  # fmt: skip
+
+
+def last_of(x: Tensor, length: Tensor | None) -> Tensor:
+    """x [B, T, C] -> the last token of each sequence [B, C]. `length`: see `Padded`."""
+    return x[:, -1] if length is None else x.index_select(1, length - 1)[:, 0]

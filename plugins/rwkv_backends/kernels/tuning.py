@@ -60,6 +60,9 @@ class Tuning:
     are one product; blocks are halved until it is so. At 0 each size of block has a product."""
     carry_ahead: int = 16
     """RWKV-6: spans whose states a program asks for at once as it carries the state through a prompt."""
+    padded: int = 0
+    """Multiplications of a layer's products up to which a prompt is filled up to a size that has a graph: as many as a
+    GPU makes while Python starts the layer's kernels."""
     deferred: int = 0
     """RWKV-6, batches beyond `skinny_rows`: steps that a state goes unwritten, their updates kept beside it."""
     deferred_together: int = 4

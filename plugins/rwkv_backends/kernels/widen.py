@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rwkv_runtime import Forward, State
+from rwkv_backends.prompts import Padded
+from rwkv_runtime import State
 
 ROWS, COLS = 4, 2048
 
@@ -17,10 +18,10 @@ ROWS, COLS = 4, 2048
 class Widened:
     """A forward pass made of one whose logits may be of the model's dtype, as its head gives them."""
 
-    narrow: Forward
+    narrow: Padded
 
-    def __call__(self, tokens: Tensor, state: State, every: bool = False) -> Tensor:
-        return self.narrow(tokens, state, every).float()
+    def __call__(self, tokens: Tensor, state: State, every: bool = False, length: Tensor | None = None) -> Tensor:
+        return self.narrow(tokens, state, every, length).float()
 
 
 @triton.jit(do_not_specialize=["B"])
