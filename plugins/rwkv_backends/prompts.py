@@ -20,7 +20,7 @@ logger = logging.getLogger("rwkv_runtime")
 
 
 class Padded(Protocol):
-    """A `Forward` to which `length`, int64 [1], may say how many tokens of one sequence are there, two or more. The rest
+    """A `Forward` to which `length`, int64 [1], may say how many tokens of one sequence are there, at least 2. The rest
     are padding: they change neither the state nor the logits of the last token."""
 
     def __call__(self, tokens: Tensor, state: State, every: bool = False, length: Tensor | None = None) -> Tensor: ...
