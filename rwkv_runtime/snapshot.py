@@ -46,7 +46,7 @@ def save_snapshot(snapshot: Snapshot, path: str | os.PathLike[str]) -> None:
         "recent": json.dumps(snapshot.recent),
     }
     tensors = {name: t.detach().cpu().clone().contiguous() for name, t in snapshot.state.tensors.items()}
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name[:50]}.{os.getpid()}.part")  # a name may be as long as the system allows
     try:
         part.write_bytes(save(tensors, metadata))
         os.replace(part, path)

@@ -180,6 +180,23 @@ def test_a_saved_state_goes_on_where_the_text_ended(rwkv_run, tmp_path: Path) ->
     assert first + rest == whole
 
 
+def test_a_state_may_have_as_long_a_name_as_a_file_may(rwkv_run, tmp_path: Path) -> None:
+    state = tmp_path / ("n" * 255)
+    assert rwkv_run("Once", "--max-tokens", "2", "--quiet", "--save-state", str(state)).exit_code == 0
+    assert state.is_file()
+    refused = rwkv_run("Once", "--save-state", str(state) + "n")
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert "a file's name is at most 255 bytes long" in refused.stderr
+
+
+def test_json_loses_no_character_where_output_has_few(checkpoint: Path) -> None:
+    runner = CliRunner(charset="ascii")
+    result = runner.invoke(command, ["caf\u00e9", "--model", str(checkpoint), "--json", "-n", "1", "-q"])
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout_bytes.isascii()
+    assert json.loads(result.stdout)["prompt"] == "caf\u00e9"
+
+
 @pytest.mark.parametrize("what", ["plugins", "backends", "samplers"])
 def test_tables_show_what_is_installed(rwkv_run, what: str) -> None:
     table = text_of(rwkv_run(f"--{what}", model=False))

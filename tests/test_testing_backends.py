@@ -28,8 +28,8 @@ class Twin(Backend):
 
     name = "twin"
 
-    def __init__(self, wrap=None, why=None, freeze=None, state=State):
-        self.wrap, self.why, self.frozen, self.state = wrap, why, freeze, state
+    def __init__(self, wrap=None, why=None, freeze=None, state=State, trusting=False):
+        self.wrap, self.why, self.frozen, self.state, self.trusting = wrap, why, freeze, state, trusting
 
     def why_not(self, model):
         return self.why
@@ -37,6 +37,9 @@ class Twin(Backend):
     def forward(self, model):
         forward = partial(model.architecture.forward, model.architecture.ops, model.weights)
         return partial(self.wrap, forward) if self.wrap else forward
+
+    def settle(self, token, logits, refused, outcome):
+        return super().settle(token, logits, refused or self.trusting, outcome)
 
     def new_state(self, model, rows):
         plain = model.new_state(rows)
@@ -131,6 +134,7 @@ BACKENDS = {
     "rwkv6: freeze does not leave the buffers as it found them": Twin(freeze=ran_once),
     "rwkv6: the frozen decode step, token 1: is ": Twin(freeze=a_stale_answer),
     r"rwkv6: the frozen decode step ran \[8, 8\] times, not 4": Twin(freeze=eager_to_finish),
+    r"rwkv6: settle gives \[3, -1, -1, 7, -1, 9\], not \[3, -1, -1, -1, -1, -1\]": Twin(trusting=True),
     "rwkv6: a row taken out of its state after 0 decode steps: is ": Twin(state=Forgets),
     "rwkv6: the frozen decode step raises BackendError: no compiler": Twin(freeze=build_fails),
 }
@@ -153,6 +157,15 @@ def test_a_backend_that_raises_in_forward_is_named(plugins):
 
     with pytest.raises(AssertionError, match=r"forward raises ImportError: libfast\.so is missing"):
         check_backend(Unready(), plugins.architectures)
+
+
+def test_a_backend_that_cannot_warm_up_is_named(plugins):
+    class Cold(Twin):
+        def warm_up(self, architecture, device):
+            raise OSError("no such library")
+
+    with pytest.raises(AssertionError, match="warm_up raises OSError: no such library"):
+        check_backend(Cold(), plugins.architectures)
 
 
 def test_a_backend_is_not_passed_without_trying_it():

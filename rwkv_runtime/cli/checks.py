@@ -17,6 +17,9 @@ from rwkv_runtime.sampler import check_params
 from rwkv_runtime.settings import check_quant, parse_device, parse_dtype, parse_state_dtype
 from rwkv_runtime.snapshot import check_snapshot
 
+LONGEST_NAME = 255
+"""Bytes, of a file on any system in use."""
+
 
 def check(options: Mapping[str, Any], plugins: Plugins) -> None:
     """Raises OptionError for names, values, combinations and files that cannot be right."""
@@ -76,6 +79,8 @@ def _check_files(options: Mapping[str, Any]) -> None:
             raise OptionError(f"--load-state {error}") from None
     if options["save_state"]:
         target = Path(options["save_state"])
+        if len(os.fsencode(target.name)) > LONGEST_NAME:
+            raise OptionError(f"--save-state {target.name[:40]}...: a file's name is at most {LONGEST_NAME} bytes long")
         if target.exists() and not target.is_file():
             raise OptionError(f"--save-state {target}: not a file that could be replaced")
         if not os.access(target.parent, os.W_OK):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
+import json
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from textwrap import shorten
 from typing import Any
 
@@ -32,6 +34,12 @@ def nothing_to_lose() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+def echo_json(record: Mapping[str, Any]) -> None:
+    """One line of JSON on standard output, in ASCII where that has no other characters."""
+    unicode = codecs.lookup(getattr(sys.stdout, "encoding", None) or "ascii").name.startswith("utf")
+    click.echo(json.dumps(record, ensure_ascii=not unicode))
 
 
 class WrongUsage(click.ClickException):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ import click
 import torch
 
 from rwkv_runtime.cli.checks import check, read_prompt
-from rwkv_runtime.cli.command import INTERRUPTED, WrongUsage, nothing_to_lose
+from rwkv_runtime.cli.command import INTERRUPTED, WrongUsage, echo_json, nothing_to_lose
 from rwkv_runtime.cli.elsewhere import of_use
 from rwkv_runtime.cli.explain import as_record, table
 from rwkv_runtime.cli.figures import Figures
@@ -153,7 +152,7 @@ class Session:
             record = {"prompt": prompt, **outcome(generation), "figures": figures.as_dict()}
             if self.options["logprobs"] and not self.options["explain"]:
                 record["logprobs"] = [as_record(o, self.runtime.tokenizer) for o in generation.observations]
-            click.echo(json.dumps(record, ensure_ascii=False))
+            echo_json(record)
         else:
             click.echo(f"[{figures.line()} | seed {generation.request.seed} | {self.runtime.backend.name}]", err=True)
 
@@ -217,7 +216,7 @@ def _explain(session: Session, generation: Generation, prompt: str) -> None:
         for observation in generation.observations[shown:]:
             shown += 1
             if session.options["as_json"]:
-                click.echo(json.dumps({"step": shown, **as_record(observation, tokenizer)}, ensure_ascii=False))
+                echo_json({"step": shown, **as_record(observation, tokenizer)})
             else:
                 click.echo(f"{shown}. {table(observation, tokenizer)}")
     if not session.options["as_json"] and generation.observations:

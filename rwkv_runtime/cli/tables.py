@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import textwrap
 from typing import Any
 
 import click
 
+from rwkv_runtime.cli.command import echo_json
 from rwkv_runtime.plugins import Plugins
 from rwkv_runtime.runtime import usable
 from rwkv_runtime.sampler import Param
@@ -20,7 +20,10 @@ def show(what: str, plugins: Plugins, as_json: bool) -> None:
     """Prints a table for people, or one JSON line a row."""
     rows = {"plugins": _plugins, "backends": _backends, "samplers": _samplers}[what](plugins)
     for row in rows:
-        click.echo(json.dumps(row, ensure_ascii=False) if as_json else _paragraph(row))
+        if as_json:
+            echo_json(row)
+        else:
+            click.echo(_paragraph(row))
 
 
 def _plugins(plugins: Plugins) -> list[Row]:

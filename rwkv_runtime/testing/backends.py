@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from rwkv_runtime.backend import Backend, Forward
+from rwkv_runtime.backend import Backend, Forward, Outcome
 from rwkv_runtime.checkpoint import build_model
 from rwkv_runtime.model import Architecture, Model
 from rwkv_runtime.plugins import Plugins
@@ -57,8 +57,8 @@ def check_backend(
     with one line for each mistake: `why_not` that refuses or gives no reason; logits that are off for one token,
     for a prompt in one piece or in several, for every position (`every=True`) or for one of several rows; a
     state that is not updated in place; rows touched that are not in the given view; a decode step after `freeze`
-    that gives other logits, or buffers that `freeze` did not leave as found; and rows of `new_state` that `settled`
-    does not give as they are.
+    that gives other logits, or buffers that `freeze` did not leave as found; rows of `new_state` that `settled` does
+    not give as they are; a `warm_up` that raises; and a `settle` that differs from `Backend.settle`.
     """
     chosen = list(Plugins.load().architectures if architectures is None else architectures)
     problems = [] if chosen else ["there is no architecture to try it with"]
@@ -82,11 +82,15 @@ def _problems(trial: _Trial) -> Iterator[str]:
             yield f"cannot be used here: {refusal}" if right else f"why_not gives {refusal!r}, not None or one line"
             return
     try:
-        forward = trial.backend.forward(trial.model)
+        trial.backend.warm_up(trial.model.architecture, trial.model.device)
     except Exception as error:  # whatever a stranger's backend raises is the finding
+        yield f"warm_up raises {reason(error)}"
+    try:
+        forward = trial.backend.forward(trial.model)
+    except Exception as error:  # as above
         yield f"forward raises {reason(error)}"
         return
-    checks: list[Callable[[_Trial, Forward], Iterator[str]]] = [_whole, _pieces, _view, _frozen]
+    checks: list[Callable[[_Trial, Forward], Iterator[str]]] = [_whole, _pieces, _view, _frozen, _settled]
     for check in checks:
         try:
             yield from check(trial, forward)
@@ -168,6 +172,29 @@ def _frozen(trial: _Trial, forward: Forward) -> Iterator[str]:
             return
     if position.tolist() != [[TICKS]] * ROWS:
         yield f"the frozen decode step ran {position.flatten().tolist()} times, not {TICKS}"
+
+
+def _settled(trial: _Trial, forward: Forward) -> Iterator[str]:
+    """the end of a draw"""
+    device = trial.model.device
+    tokens = torch.tensor([3, BYTE_VOCABULARY, 5, 7, -1, 9], device=device)
+    logits = torch.zeros(len(tokens), BYTE_VOCABULARY, device=device)
+    logits[2, 5], logits[3, 8], logits[5, 1] = -torch.inf, torch.nan, torch.inf
+    for refused in (False, True):
+        outcomes = [Outcome(*(torch.full(shape, 4, device=device) for shape in _shapes(len(tokens)))) for _ in range(2)]
+        given = trial.backend.settle(tokens.clone(), logits.clone(), refused, outcomes[0])
+        right = Backend.settle(trial.backend, tokens, logits, refused, outcomes[1])
+        for name, ours, theirs in (
+            ("gives", given, right),
+            *((f"leaves in {field.name}", *(getattr(o, field.name) for o in outcomes)) for field in fields(Outcome)),
+        ):
+            if ours.shape != theirs.shape or not torch.equal(ours, theirs):
+                yield f"settle {name} {ours.flatten().tolist()}, not {theirs.flatten().tolist()}"
+
+
+def _shapes(rows: int) -> list[tuple[int, ...]]:
+    """Of the buffers of an `Outcome`."""
+    return [(rows,), (rows, 1), (rows, 1), (rows, 1)]
 
 
 def _equal(a: State, b: State) -> bool:
