@@ -77,10 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             expected.setdefault(rows, logits)
             off = float((logits - expected[rows]).norm() / expected[rows].norm())
             what = f"{options.size} decode {rows}: {differs}"
-            report(what, step, decode_share(checkpoint, model, rows, ceilings))
+            cycle = tuning.deferred + 1  # of steps, one of which writes a row's state
+            report(what, step, decode_share(checkpoint, model, rows, ceilings), cycle)
             print(f"  logits differ from the first by {off:.0e}", flush=True)
             if options.profile:
-                print_profile(step)
+                print_profile(step, 5 * cycle)
         for length in options.length:
             step = prompt_step(model, tuning, length)
             report(f"{options.size} prompt {length}: {differs}", step, prompt_share(checkpoint, length, ceilings))
@@ -144,7 +145,8 @@ def prompt_step(model: Model, tuning: Tuning, length: int) -> Callable[[], None]
 
 
 def decode_share(checkpoint: Checkpoint, model: Model, rows: int, ceilings: Ceilings) -> Callable[[float], str]:
-    """A step reads every matrix once, and each row's state, as it is kept, which it also writes."""
+    """A step reads every matrix once, and each row's state, as it is kept, which it also writes: all of it is counted
+    where it is not written at each step, too, as `benchmarks.targets` does."""
     moved = checkpoint.matrix_bytes + 2 * rows * model.new_state().nbytes
     return lambda seconds: f"{rows / seconds:.0f} tok/s, {moved / seconds / 1e9 / ceilings.read():.1%} of the read rate"
 
@@ -157,36 +159,41 @@ def prompt_share(checkpoint: Checkpoint, length: int, ceilings: Ceilings) -> Cal
     return lambda seconds: f"{length / seconds:.0f} tok/s, {flops / seconds / peak:.1%} of {peak / 1e12:.0f} TFLOP/s"
 
 
-def report(what: str, step: Callable[[], None], share: Callable[[float], str]) -> None:
-    seconds, alone = step_seconds(step), wall_seconds(step)
+def report(what: str, step: Callable[[], None], share: Callable[[float], str], cycle: int = 1) -> None:
+    seconds, alone = step_seconds(step, cycle), wall_seconds(step, cycle)
     print(f"{what}: {seconds * 1e6:.1f} us, {share(seconds)}; alone {alone * 1e6:.1f} us of the wall clock", flush=True)
 
 
-def step_seconds(step: Callable[[], None]) -> float:
-    """Median of some rounds, by the device's own clock."""
+def step_seconds(step: Callable[[], None], cycle: int = 1) -> float:
+    """Median of some rounds of whole cycles, by the device's own clock."""
+    replays = -(-REPLAYS // cycle) * cycle
     for _ in range(3):
         step()
     rounds = []
     for _ in range(ROUNDS):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        for _ in range(REPLAYS):
+        for _ in range(replays):
             step()
         end.record()
         end.synchronize()
-        rounds.append(begin.elapsed_time(end) / REPLAYS / 1e3)
+        rounds.append(begin.elapsed_time(end) / replays / 1e3)
     return statistics.median(rounds)
 
 
-def wall_seconds(step: Callable[[], None]) -> float:
-    """Median of steps that each begin on an idle device and are waited for: what the host adds shows."""
+def wall_seconds(step: Callable[[], None], cycle: int = 1) -> float:
+    """Of steps that each begin on an idle device and are waited for: what the host adds shows. Median of the means of
+    whole cycles."""
     rounds = []
     for _ in range(ROUNDS):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        step()
-        torch.cuda.synchronize()
-        rounds.append(time.perf_counter() - begin)
+        seconds = 0.0
+        for _ in range(cycle):
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            step()
+            torch.cuda.synchronize()
+            seconds += time.perf_counter() - begin
+        rounds.append(seconds / cycle)
     return statistics.median(rounds)
 
 

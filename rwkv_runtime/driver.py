@@ -6,23 +6,44 @@ import ctypes
 import os
 import re
 import sys
-from threading import Thread
+import threading
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NoReturn
 
 LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+NAME = "driver"
 
 
-def begin(device: str | None = None) -> Thread | None:
+def begin(device: str | None = None) -> threading.Thread | None:
     """Has the driver make the context that torch will use on `device` ("cuda", "cuda:N"; None is "cuda").
 
-    The thread that does so, or None where the device is another. What fails there fails in torch, too, and is told by
-    it: a machine without the driver is one without a GPU.
+    The thread that does so, or None where the device is another or torch is one without CUDA. What fails there fails in
+    torch, too, and is told by it: a machine without the driver is one without a GPU.
     """
-    if not (chosen := re.fullmatch(r"cuda(?::(\d{1,4}))?", device or "cuda")):
+    chosen = re.fullmatch(r"cuda(?::(\d{1,4}))?", "cuda" if device is None else device)
+    if not chosen or not _torch_has_cuda():
         return None
     os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")  # torch's own choice, which the driver reads as it begins
-    thread = Thread(target=_make_context, args=(int(chosen[1] or 0),), name="driver")
+    thread = threading.Thread(target=_make_context, args=(int(chosen[1] or 0),), name=NAME, daemon=True)
     thread.start()
     return thread
+
+
+def leave(status: int) -> NoReturn:
+    """Ends the process, without waiting for a driver that is still beginning: with many GPUs it takes seconds."""
+    if any(thread.name == NAME for thread in threading.enumerate()):
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+        os._exit(status)  # the driver's library may not be taken down meanwhile
+    sys.exit(status)
+
+
+def _torch_has_cuda() -> bool:
+    """Without importing it."""
+    torch = find_spec("torch")
+    return bool(torch and torch.origin and any((Path(torch.origin).parent / "lib").glob("*torch_cuda.*")))
 
 
 def _make_context(index: int) -> bool:

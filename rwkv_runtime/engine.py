@@ -12,7 +12,7 @@ import torch
 from rwkv_runtime.backend import Backend, Forward, as_chunk, chunk_size
 from rwkv_runtime.batch import Batch
 from rwkv_runtime.errors import OptionError, PluginError, RwkvError
-from rwkv_runtime.flight import Flight
+from rwkv_runtime.flight import Flight, Reading
 from rwkv_runtime.generation import Finish, Generation, Request
 from rwkv_runtime.model import Model
 from rwkv_runtime.sampler import Sampler, check_params
@@ -50,6 +50,7 @@ class Engine(Batch):
         self._inference = torch.inference_mode()  # a tenth of a small model's step would be autograd's bookkeeping
         self._flights = deque(Flight(self.drawn) for _ in range(2))  # the next to start, and the other
         self._flight: Flight | None = None  # what a step drew that has not been read
+        self._readings: dict[Generation, Reading] = {}  # on a GPU, of prompts whose end the host has not seen
         self._before: State | None = None  # the rows as they were before that step
 
     def submit(self, request: Request) -> Generation:
@@ -134,6 +135,7 @@ class Engine(Batch):
 
     def _give_up(self, generation: Generation, finish: Finish) -> None:
         """Ends a request that has no row yet."""
+        self._readings.pop(generation, None)
         if generation is self.prefilling:
             self.prefilling = None
         elif generation in self.waiting:
@@ -143,6 +145,8 @@ class Engine(Batch):
     def _begin(self, generation: Generation) -> None:
         generation.times.started = time.perf_counter()
         self.prefilling = generation
+        if self.model.device.type == "cuda":
+            self._readings[generation] = Reading(self.drawn.device)
         start = generation.request.start
         if start:
             self._scratch.copy(start.state, 0, 0)
@@ -156,6 +160,8 @@ class Engine(Batch):
             size = min(left, chunk_size(self.model.device, waited_for=bool(self.active)))
             chunk = generation.feed[generation.read : generation.read + size]
             self.forward(as_chunk(chunk, self.model.device), self._scratch)
+            if generation in self._readings:
+                self._readings[generation].started_chunk()
             generation.read += size
             if size < left:
                 return
@@ -227,6 +233,8 @@ class Engine(Batch):
         for generation, token in zip(flight.generations, flight.tokens(), strict=True):
             if generation.finish is None:
                 generation.position += 1
+                if reading := self._readings.pop(generation, None):
+                    generation.times.prefilled = generation.times.started + reading.seconds()
                 if finish := generation.accept(token):
                     self._retire(self.active.index(generation), finish)
 
@@ -247,6 +255,7 @@ class Engine(Batch):
     def _retire(self, row: int, finish: Finish) -> None:
         """Ends the request of a row and moves the last active row into its place."""
         generation = self.active[row]
+        self._readings.pop(generation, None)
         if generation.request.keep and finish != "error":
             state = self._before if self._before is not None and self._under_way(generation) else self.state
             generation.snapshot = _snapshot(generation, state.settled(row))

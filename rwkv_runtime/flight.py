@@ -1,8 +1,8 @@
-"""Drawn tokens on their way from the device to the host."""
+"""What is under way on the device: drawn tokens on their way to the host, and a prompt's chunks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,8 +27,7 @@ class Flight:
         self.generations = tuple(generations)
         self._tokens.copy_(self._drawn, non_blocking=True)
         if self._arrived is not None:
-            # By its number a device's stream is found without asking which devices there are.
-            self._arrived.record(torch.accelerator.current_stream(self._drawn.get_device()))
+            _record(self._arrived, self._drawn.device)
 
     def tokens(self) -> list[int]:
         """Waits for this step, and for no later one. A request that has ended meanwhile has a token all the same."""
@@ -36,3 +35,34 @@ class Flight:
             self._arrived.synchronize()
         tokens: list[int] = self._tokens.tolist()
         return tokens[: len(self.generations)]
+
+
+class Reading:
+    """A prompt on its way through a GPU: one chunk at work and one behind it, so that the host sees how far it is.
+
+    `event` makes one that tells the time.
+    """
+
+    def __init__(self, device: torch.device, event: Callable[[], torch.Event] | None = None) -> None:
+        self._device = device
+        self._event = event or (lambda: torch.Event(device, enable_timing=True))
+        self._passed = [self._next()]
+
+    def started_chunk(self) -> None:
+        """After a chunk has been started: waits for the one before it."""
+        self._passed.append(self._next())
+        self._passed[-2].synchronize()
+
+    def seconds(self) -> float:
+        """From the beginning to the end of the last chunk, once that is done."""
+        return float(self._passed[0].elapsed_time(self._passed[-1])) / 1e3
+
+    def _next(self) -> torch.Event:
+        event = self._event()
+        _record(event, self._device)
+        return event
+
+
+def _record(event: torch.Event, device: torch.device) -> None:
+    """By its number a device's stream is found without asking which devices there are."""
+    event.record(torch.accelerator.current_stream(device.index))

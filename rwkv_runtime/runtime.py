@@ -263,7 +263,7 @@ class Runtime:
         tokens, state = self._ids(tokens), self._start(state)
         rows = [
             self._forward(as_chunk(chunk, self.model.device), state, every=True)[0]
-            for chunk in _chunks(tokens, chunk_size(self.model.device))
+            for chunk in _chunks(tokens, chunk_size(self.model.device, waited_for=True))  # all logits take much room
         ]
         return torch.cat(rows)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +36,12 @@ class State:
 
     `initial` holds what a fresh row starts from, [L, ...] by name; a name that is not in it starts at zero.
     `architecture` is the name of the one whose state it is, "" where that is not known.
+
+    A subclass may hold more: it is made as this is, all that it knows being in its tensors, and names those of its own.
     """
+
+    own: ClassVar[frozenset[str]] = frozenset()
+    """Tensors that the architecture's states do not have: zero in a row that comes from one of these."""
 
     def __init__(
         self, tensors: Mapping[str, Tensor], initial: Mapping[str, Tensor] | None = None, architecture: str = ""
@@ -81,9 +86,15 @@ class State:
     def clone(self) -> Self:
         return type(self)({name: t.clone() for name, t in self.tensors.items()}, self.initial, self.architecture)
 
+    @property
+    def plain(self) -> State:
+        """This one without what is a subclass's own; it shares memory with it."""
+        tensors = {name: t for name, t in self.tensors.items() if name not in self.own}
+        return State(tensors, self.initial, self.architecture)
+
     def settled(self, row: int) -> State:
-        """One row as a state of its own, as `Model.new_state` has them, whatever a backend adds to its own."""
-        return self.view(row, row + 1).clone()
+        """One row as a state of its own, as the architecture has them."""
+        return self.plain.view(row, row + 1).clone()
 
     def clear(self, row: int) -> None:
         """Makes a row fresh."""
@@ -100,7 +111,10 @@ class State:
         """
         self.check(source)
         for name, t in self.tensors.items():
-            _write(t[:, row], source.tensors[name][:, source_row])
+            if name in source.tensors:
+                _write(t[:, row], source.tensors[name][:, source_row])
+            else:
+                t[:, row].zero_()
 
     def keep(self, name: str, layer: int, value: Tensor) -> None:
         """Makes `value` [B, ...] what all rows hold in a layer, rounded where they are kept in fewer bits."""
@@ -110,8 +124,11 @@ class State:
         """Raises StateError unless `other` has this state's architecture, names, shapes (rows apart) and layers."""
         if self.architecture and other.architecture and self.architecture != other.architecture:
             raise StateError(f"the state of a model of {other.architecture}; this one is {self.architecture}")
+        lacking = self.own - other.own
         for name, t in self.tensors.items():
             theirs = other.tensors.get(name)
+            if theirs is None and name in lacking:
+                continue
             if theirs is None:
                 raise StateError(f"the state has no tensor {name!r}: it belongs to another architecture")
             if theirs.dim() != t.dim() or theirs.shape[0] != t.shape[0] or theirs.shape[2:] != t.shape[2:]:

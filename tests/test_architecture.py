@@ -20,7 +20,7 @@ CORE = ROOT / "rwkv_runtime"
 PLUGINS = ROOT / "plugins"
 BUILT_IN = {folder.name for folder in PLUGINS.iterdir() if (folder / "__init__.py").exists()}
 LEVELS = (
-    {"ahead", "collector", "errors", "hooks"},
+    {"ahead", "collector", "driver", "errors", "hooks"},
     {"memory", "noise", "state", "text", "tokenizer"},
     {"controls", "model", "vocabulary"},
     {"backend", "checkpoint", "sampler"},

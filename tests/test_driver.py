@@ -37,6 +37,7 @@ class Library:
 def library(monkeypatch: pytest.MonkeyPatch) -> Library:
     library = Library()
     monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(driver, "_torch_has_cuda", lambda: True)
     return library
 
 
@@ -51,13 +52,21 @@ def test_it_makes_the_context_of_the_device_that_is_named(library: Library, devi
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:", "cuda:x", "mps", "a word", ""])
 def test_it_does_nothing_for_what_is_no_gpu(library: Library, device: str) -> None:
-    thread = driver.begin(device)
-    if thread is not None:
-        thread.join()
-    assert bool(library.asked) == (device == "")  # which is as if nothing had been said
+    assert driver.begin(device) is None
+    assert library.asked == []
 
 
-@pytest.mark.parametrize("refused", ["cuInit", "cuDeviceGet"])
+def test_it_does_nothing_where_torch_has_no_cuda(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "_torch_has_cuda", lambda: False)
+    assert driver.begin() is None
+    assert library.asked == []
+
+
+def test_whether_torch_has_cuda_is_what_torch_says() -> None:
+    assert driver._torch_has_cuda() == torch.backends.cuda.is_built()
+
+
+@pytest.mark.parametrize("refused", ["cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain"])
 def test_what_the_driver_refuses_ends_it(monkeypatch: pytest.MonkeyPatch, refused: str) -> None:
     library = Library(refused)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
@@ -75,6 +84,16 @@ def test_it_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_a_process_ends_without_waiting_for_it() -> None:
+    code = (
+        "import threading, time; from rwkv_runtime import driver;"
+        "threading.Thread(target=time.sleep, args=(60,), name=driver.NAME, daemon=True).start();"
+        "print('said', end=''); driver.leave(3)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=50)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "said", "")
+
+
 def test_rwkv_run_begins_it_for_a_text_and_not_for_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[str | None] = []
     monkeypatch.setattr(driver, "begin", begun.append)
@@ -87,9 +106,12 @@ def test_rwkv_run_begins_it_for_a_text_and_not_for_a_table(monkeypatch: pytest.M
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_torch_works_in_the_context_that_it_made() -> None:
     code = (
-        "from rwkv_runtime import driver; thread = driver.begin(); import torch; thread.join();"
-        "print(int(torch.arange(5, device='cuda').sum()), driver._make_context(0))"
+        "import ctypes; from rwkv_runtime import driver; driver.begin().join();"
+        "flags, active = ctypes.c_uint(), ctypes.c_int();"
+        "get = ctypes.CDLL(driver.LIBRARY).cuDevicePrimaryCtxGetState;"
+        "assert get(0, ctypes.byref(flags), ctypes.byref(active)) == 0;"
+        "import torch; print(active.value, int(torch.arange(5, device='cuda').sum()))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_MODULE_LOADING"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert done.stdout.split() == ["10", "True"]
+    assert done.stdout.split() == ["1", "10"]

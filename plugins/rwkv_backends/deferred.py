@@ -30,9 +30,10 @@ class DeferredState(State):
     """RWKV-6's state, and the updates of the last few tokens that have not been made to it.
 
     A step adds its update to those, and makes them all where there is no room: it writes a state every ROOM + 1 steps.
-    Rows may differ in how many they have. Other states know nothing of updates: a row of them is copied to this one,
-    and `settled` gives a row of this one as they are.
+    Rows may differ in how many they have.
     """
+
+    own = frozenset(OWN)
 
     @classmethod
     def of(cls, model: Model, rows: int, room: int) -> DeferredState:
@@ -51,12 +52,6 @@ class DeferredState(State):
     def room(self) -> int:
         return self[KEYS].shape[2]
 
-    @property
-    def written(self) -> State:
-        """What has been written, without the updates; it shares memory with this one."""
-        tensors = {name: t for name, t in self.tensors.items() if name not in OWN}
-        return State(tensors, self.initial, self.architecture)
-
     def layer(self, i: int) -> Deferred:
         return Deferred(*(self[name][i] for name in OWN))
 
@@ -66,28 +61,14 @@ class DeferredState(State):
 
     def settle(self) -> None:
         """Makes all updates."""
-        written = self.written
-        for i, kv in enumerate(written["att_kv"]):
-            written.keep("att_kv", i, _updated(kv, self.layer(i)))
+        for i, kv in enumerate(self["att_kv"]):
+            self.keep("att_kv", i, _updated(kv, self.layer(i)))
         self[WAITING].zero_()
 
     def settled(self, row: int) -> State:
         one = self.view(row, row + 1).clone()
         one.settle()
-        return one.written
-
-    def copy(self, source: State, source_row: int, row: int) -> None:
-        if isinstance(source, DeferredState):
-            super().copy(source, source_row, row)
-        else:
-            self.written.copy(source, source_row, row)
-            self[WAITING][:, row] = 0
-
-    def check(self, other: State) -> None:
-        if isinstance(other, DeferredState):
-            super().check(other)
-        else:
-            self.written.check(other)
+        return one.plain
 
 
 def _updated(kv: Tensor, deferred: Deferred) -> Tensor:

@@ -31,9 +31,10 @@ class CapturedPrompts:
 
     Of exactly so many tokens as `whole` has, the graph is captured when the first comes. What is shorter than `padded`
     is filled up to one of few sizes, always, so that what it says does not depend on what was read before; when the
-    second of a size comes, that is captured. Graphs have a state and logits of their own, which are copied to and from:
-    a fraction of a thousandth of the time. Anything else goes to the forward pass as it is, and all of it where a graph
-    cannot be captured. Threads take turns: what one of them asks of the device comes in one piece.
+    second of a size comes, that is captured. Where a graph cannot be, a warning says so, and its tokens are read in
+    pieces of the next shorter length of `whole`, if there is one. Graphs have a state and logits of their own, which
+    are copied to and from: a fraction of a thousandth of the time. Anything else goes to the forward pass as it is.
+    Threads take turns: what one of them asks of the device comes in one piece.
     """
 
     def __init__(self, forward: Padded, model: Model, graphs: Graphs, whole: Collection[int], padded: int = 0) -> None:
@@ -42,33 +43,35 @@ class CapturedPrompts:
         self._chunks: dict[int, _Chunk] = {}
         self._buffers: _Buffers | None = None
         self._met: set[int] = set(whole)
-        self._refused = False
+        self._refused: set[int] = set()
         self._turn = threading.Lock()
 
     def __call__(self, tokens: Tensor, state: State, every: bool = False) -> Tensor:
         rows, T = tokens.shape
         fill = 1 < T < self.padded and T not in self.whole
         size = size_of(T) if fill else T
-        if every or rows != 1 or not (fill or size in self.whole):
+        if every or rows != 1 or state.own or not (fill or size in self.whole):
             return self.forward(tokens, state, every)
         with self._turn:
             if chunk := self._chunk(size, fill):
                 return chunk.read(tokens, state)
-        if not fill:
-            return self.forward(tokens, state)
-        return self.forward(F.pad(tokens, (0, size - T)), state, length=tokens.new_full((1,), T))
+        if fill:
+            return self.forward(F.pad(tokens, (0, size - T)), state, length=tokens.new_full((1,), T))
+        if shorter := max((n for n in self.whole if n < T), default=None):  # which may have found room
+            return [self(piece, state) for piece in torch.split(tokens, shorter, dim=1)][-1]
+        return self.forward(tokens, state)
 
     def _chunk(self, size: int, fill: bool) -> _Chunk | None:
         if size not in self._met:
             self._met.add(size)
-        elif size not in self._chunks and not self._refused:
+        elif size not in self._chunks and size not in self._refused:
             try:
                 self._buffers = self._buffers or _Buffers(self.model)
                 self._chunks[size] = _Chunk(self.forward, self._buffers, self.graphs, size, fill)
             except RuntimeError as error:  # no memory for it, say
-                self._refused = True
+                self._refused.add(size)
                 reason = str(error).strip().splitlines()[0]
-                logger.warning(f"prompts are read without a captured graph, which is slower: {reason}")
+                logger.warning(f"{size} tokens at once are read without a captured graph, which is slower: {reason}")
         return self._chunks.get(size)
 
 

@@ -107,4 +107,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
-    command(prog_name="rwkv-run")
+    try:
+        command(prog_name="rwkv-run")
+    except SystemExit as end:
+        driver.leave(end.code if isinstance(end.code, int) else 1)

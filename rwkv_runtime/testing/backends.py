@@ -153,6 +153,10 @@ def _frozen(trial: _Trial, forward: Forward) -> Iterator[str]:
     forward(trial.tokens[:, :start], plain)
     for row in range(ROWS):
         state.copy(plain, row, row)
+        taken = state.settled(row)
+        if type(taken) is not State or taken.tensors.keys() != plain.tensors.keys():
+            yield f"a row taken out of its state is a {type(taken).__name__} of {', '.join(taken.tensors)}"
+            return
     buffers = [*state.tensors.values(), logits, position]
     before = [buffer.clone() for buffer in buffers]
     frozen = trial.backend.freeze(tick, buffers)

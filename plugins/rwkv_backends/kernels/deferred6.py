@@ -7,7 +7,6 @@ a kernel of their own, which may run beside products: a program that makes them 
 their way. Annotations are real types, not strings: Triton reads them.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,7 +21,8 @@ ROWS, COLS = 16, 64
 
 @triton.jit
 def decays_kernel(low_ptr, w_ptr, decay_ptr, out_ptr, B, C, D, RANK: tl.constexpr, ROWS: tl.constexpr,
-                  COLS: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+                  COLS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    """In float32, as the state's own kernel has them: how long a state remembers hangs on their last digits."""
     let_next_begin(OVERLAP)
     rows, cols = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.program_id(0) * COLS + tl.arange(0, COLS)
     rank = tl.arange(0, RANK)
@@ -31,16 +31,16 @@ def decays_kernel(low_ptr, w_ptr, decay_ptr, out_ptr, B, C, D, RANK: tl.constexp
     wait_for_earlier(OVERLAP)
     live = (rows < B)[:, None]
     low = tl.load(low_ptr + rows[:, None] * D + rank[None, :], mask=live & (rank < D)[None, :], other=0.0)
-    raw = tl.dot(tanh(low.to(tl.float32)).to(w.dtype), w, input_precision=PRECISION) + base[None, :]
+    raw = tl.dot(tanh(low.to(tl.float32)), w.to(tl.float32), input_precision="tf32x3") + base[None, :]
     tl.store(out_ptr + rows[:, None] * C + cols[None, :], tl.exp(-tl.exp(raw)), mask=live & (cols < C)[None, :])
 
 
 def decays(low: Tensor, w: Tensor, decay: Tensor, out: Tensor, tuning: Tuning) -> Tensor:
     """low [B, D], w [C, D], decay [C] -> out, float32 [B, C]: exp(-exp(decay + W tanh(low)))."""
     (B, C), D = out.shape, w.shape[1]
-    rank, precision = max(16, triton.next_power_of_2(D)), "tf32x3" if w.dtype == torch.float32 else "tf32"
+    rank = max(16, triton.next_power_of_2(D))
     decays_kernel[triton.cdiv(C, COLS), triton.cdiv(B, ROWS)](
-        low, w, decay, out, B, C, D, rank, ROWS, COLS, precision, **tuning.launch
+        low, w, decay, out, B, C, D, rank, ROWS, COLS, **tuning.launch
     )
     return out
 
