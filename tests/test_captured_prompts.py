@@ -156,6 +156,15 @@ def test_short_prompts_are_filled_up_to_a_size_and_the_second_of_a_size_is_captu
     assert sizes[-1] == (9, None)
 
 
+def test_what_is_filled_up_to_the_length_of_a_whole_chunk_has_a_graph_of_its_own(model: Model) -> None:
+    graphs, plain = Sized(), Eager().forward(model)
+    forward = CapturedPrompts(padded(plain), model, graphs, {64}, padded=64)
+    for length in (64, 60, 61, 64, 63):
+        tokens, ours, theirs = torch.tensor([tokens_of(length)]), model.new_state(), model.new_state()
+        assert torch.equal(forward(tokens, ours), plain(tokens, theirs))
+    assert graphs.captures == 2
+
+
 @given(st.integers(1, 1 << 20))
 def test_a_size_holds_the_prompt_and_little_more(length: int) -> None:
     size = size_of(length)

@@ -40,10 +40,10 @@ class CapturedPrompts:
     def __init__(self, forward: Padded, model: Model, graphs: Graphs, whole: Collection[int], padded: int = 0) -> None:
         self.forward, self.model, self.graphs, self.whole, self.padded = forward, model, graphs, whole, padded
         self.narrow: Forward | None = getattr(forward, "narrow", None)
-        self._chunks: dict[int, _Chunk] = {}
+        self._chunks: dict[tuple[int, bool], _Chunk] = {}  # by size, and whether prompts are filled up to it
         self._buffers: _Buffers | None = None
-        self._met: set[int] = set(whole)
-        self._refused: set[int] = set()
+        self._met = {(length, False) for length in whole}
+        self._refused: set[tuple[int, bool]] = set()
         self._turn = threading.Lock()
 
     def __call__(self, tokens: Tensor, state: State, every: bool = False) -> Tensor:
@@ -62,17 +62,18 @@ class CapturedPrompts:
         return self.forward(tokens, state)
 
     def _chunk(self, size: int, fill: bool) -> _Chunk | None:
-        if size not in self._met:
-            self._met.add(size)
-        elif size not in self._chunks and size not in self._refused:
+        key = size, fill
+        if key not in self._met:
+            self._met.add(key)
+        elif key not in self._chunks and key not in self._refused:
             try:
                 self._buffers = self._buffers or _Buffers(self.model)
-                self._chunks[size] = _Chunk(self.forward, self._buffers, self.graphs, size, fill)
+                self._chunks[key] = _Chunk(self.forward, self._buffers, self.graphs, size, fill)
             except RuntimeError as error:  # no memory for it, say
-                self._refused.add(size)
+                self._refused.add(key)
                 reason = str(error).strip().splitlines()[0]
                 logger.warning(f"{size} tokens at once are read without a captured graph, which is slower: {reason}")
-        return self._chunks.get(size)
+        return self._chunks.get(key)
 
 
 def size_of(length: int) -> int:
@@ -96,7 +97,7 @@ class _Chunk:
     """One captured size. Raises RuntimeError where it cannot be captured."""
 
     def __init__(self, forward: Padded, buffers: _Buffers, graphs: Graphs, size: int, fill: bool) -> None:
-        self.buffers = buffers
+        self.buffers, self.fill = buffers, fill
         state, logits, length = buffers.state, buffers.logits, buffers.length if fill else None
         with torch.inference_mode(False):
             self.tokens = torch.zeros((1, size), dtype=torch.int64, device=logits.device)
@@ -110,7 +111,8 @@ class _Chunk:
     def read(self, tokens: Tensor, state: State) -> Tensor:
         T, buffers = tokens.shape[1], self.buffers
         self.tokens[:, :T].copy_(tokens)
-        buffers.length.fill_(T)
+        if self.fill:
+            buffers.length.fill_(T)
         for name, own in buffers.state.tensors.items():
             own.copy_(state[name])
         self.replay()
