@@ -20,7 +20,7 @@ def test_logits_are_widened_and_masked(dtype: torch.dtype, rows: int, vocab: int
     given[0, 5], given[-1, 6] = torch.nan, torch.inf
     mask = torch.where(torch.arange(vocab) % 3 == 0, -torch.inf, 0.0) if absent else None
 
-    def forward(tokens: Tensor, state: State, every: bool = False) -> Tensor:
+    def forward(tokens: Tensor, state: State, every: bool = False, length: Tensor | None = None) -> Tensor:
         return given
 
     whole = Widened(forward)

@@ -23,9 +23,7 @@ def wait_for_earlier(OVERLAP: tl.constexpr):
 @triton.jit
 def there_of(length_ptr, T):
     """How many tokens of a sequence of T are there, the rest being padding: all, or what is at length_ptr."""
-    if length_ptr is None:
-        return T
-    return tl.load(length_ptr).to(tl.int32)
+    return T if length_ptr is None else tl.load(length_ptr).to(tl.int32)
 
 
 @triton.jit
