@@ -12,7 +12,7 @@ import torch
 from rwkv_runtime.backend import Backend, Forward, as_chunk, chunk_size
 from rwkv_runtime.batch import Batch
 from rwkv_runtime.errors import OptionError, PluginError, RwkvError
-from rwkv_runtime.flight import Flight, Reading
+from rwkv_runtime.flight import Flight, Reading, reading_on
 from rwkv_runtime.generation import Finish, Generation, Request
 from rwkv_runtime.model import Model
 from rwkv_runtime.sampler import Sampler, check_params
@@ -145,8 +145,8 @@ class Engine(Batch):
     def _begin(self, generation: Generation) -> None:
         generation.times.started = time.perf_counter()
         self.prefilling = generation
-        if self.model.device.type == "cuda":
-            self._readings[generation] = Reading(self.drawn.device)
+        if reading := reading_on(self.drawn.device):
+            self._readings[generation] = reading
         start = generation.request.start
         if start:
             self._scratch.copy(start.state, 0, 0)

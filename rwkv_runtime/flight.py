@@ -63,6 +63,11 @@ class Reading:
         return event
 
 
+def reading_on(device: torch.device) -> Reading | None:
+    """None where the host does what it starts: there is nothing to wait for."""
+    return Reading(device) if device.type == "cuda" else None
+
+
 def _record(event: torch.Event, device: torch.device) -> None:
     """By its number a device's stream is found without asking which devices there are."""
     event.record(torch.accelerator.current_stream(device.index))
