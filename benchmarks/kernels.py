@@ -146,7 +146,7 @@ def prompt_step(model: Model, tuning: Tuning, length: int) -> Callable[[], None]
 
 def decode_share(checkpoint: Checkpoint, model: Model, rows: int, ceilings: Ceilings) -> Callable[[float], str]:
     """A step reads every matrix once, and each row's state, as it is kept, which it also writes: all of it is counted
-    where it is not written at each step, too, as `benchmarks.targets` does."""
+    where it is not written at each step, too, as `pytest benchmarks` does."""
     moved = checkpoint.matrix_bytes + 2 * rows * model.new_state().nbytes
     return lambda seconds: f"{rows / seconds:.0f} tok/s, {moved / seconds / 1e9 / ceilings.read():.1%} of the read rate"
 

@@ -123,19 +123,8 @@ def test_threads_that_share_a_graph_take_turns(model: Model) -> None:
             assert torch.equal(ours, theirs)
 
 
-class Sized(Graphs):
-    """Counts captures; what is captured reads as many tokens as there are then."""
-
-    def __init__(self) -> None:
-        self.captures = 0
-
-    def capture(self, tick: Tick, buffers: Sequence[Tensor]) -> Tick:
-        self.captures += 1
-        return tick
-
-
 def test_short_prompts_are_filled_up_to_a_size_and_the_second_of_a_size_is_captured(model: Model) -> None:
-    graphs, plain, sizes = Sized(), Eager().forward(model), []
+    graphs, plain, sizes = Played(), Eager().forward(model), []
 
     def noted(tokens: Tensor, state: State, every: bool = False, length: Tensor | None = None) -> Tensor:
         sizes.append((tokens.shape[1], None if length is None else int(length)))
@@ -157,7 +146,7 @@ def test_short_prompts_are_filled_up_to_a_size_and_the_second_of_a_size_is_captu
 
 
 def test_what_is_filled_up_to_the_length_of_a_whole_chunk_has_a_graph_of_its_own(model: Model) -> None:
-    graphs, plain = Sized(), Eager().forward(model)
+    graphs, plain = Played(), Eager().forward(model)
     forward = CapturedPrompts(padded(plain), model, graphs, {64}, padded=64)
     for length in (64, 60, 61, 64, 63):
         tokens, ours, theirs = torch.tensor([tokens_of(length)]), model.new_state(), model.new_state()

@@ -50,7 +50,7 @@ def records(path: Path) -> dict[int, dict]:
     return {r["line"]: r for r in (json.loads(line.decode(), parse_constant=refuse) for line in lines)}
 
 
-def refused(result: Result, message: str) -> None:
+def assert_refused(result: Result, message: str) -> None:
     assert result.exit_code == 2, result.stderr
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
@@ -166,7 +166,7 @@ def test_a_file_of_something_else_is_left_alone(tmp_path: Path, content: bytes) 
     source, output = tmp_path / "in.jsonl", tmp_path / "notes.txt"
     source.write_bytes(HELLO)
     output.write_bytes(content)
-    refused(batch(tmp_path / "missing.pth", source, output=output), "line 1 is not a record of rwkv-run")
+    assert_refused(batch(tmp_path / "missing.pth", source, output=output), "line 1 is not a record of rwkv-run")
     assert output.read_bytes() == content
 
 
@@ -175,7 +175,7 @@ def test_the_output_of_another_input_is_refused(tiny: Path, prompts: Path) -> No
     batch(tiny, prompts)
     before = output.read_bytes()
     prompts.write_text('"Another"\n', encoding="utf-8")
-    refused(batch(tiny, prompts), "of another input")
+    assert_refused(batch(tiny, prompts), "of another input")
     assert output.read_bytes() == before
 
 
@@ -183,12 +183,12 @@ def test_files_that_cannot_be_right_are_refused_before_the_model_is_loaded(tmp_p
     source, missing = tmp_path / "in.jsonl", tmp_path / "missing.pth"
     source.write_bytes(HELLO)
     (tmp_path / "link.jsonl").hardlink_to(source)
-    refused(batch(missing, source, output=source), "the file of --prompts")
-    refused(batch(missing, source, output=tmp_path / "link.jsonl"), "the file of --prompts")
-    refused(batch(missing, source, output=tmp_path), "a directory")
-    refused(batch(missing, source, output=tmp_path / "none" / "out.jsonl"), "there is no folder")
-    refused(batch(missing, tmp_path / "none.jsonl"), "No such file")
-    refused(batch(missing, tmp_path, output=tmp_path / "out.jsonl"), "write it to a file first")
+    assert_refused(batch(missing, source, output=source), "the file of --prompts")
+    assert_refused(batch(missing, source, output=tmp_path / "link.jsonl"), "the file of --prompts")
+    assert_refused(batch(missing, source, output=tmp_path), "a directory")
+    assert_refused(batch(missing, source, output=tmp_path / "none" / "out.jsonl"), "there is no folder")
+    assert_refused(batch(missing, tmp_path / "none.jsonl"), "No such file")
+    assert_refused(batch(missing, tmp_path, output=tmp_path / "out.jsonl"), "write it to a file first")
     assert source.read_bytes() == HELLO
     assert not (tmp_path / "out.jsonl").exists()
 
@@ -198,11 +198,11 @@ def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
     source, missing, fifo = tmp_path / "in.jsonl", tmp_path / "missing.pth", tmp_path / "fifo"
     source.write_bytes(HELLO)
     os.mkfifo(fifo)
-    refused(batch(missing, fifo), "write it to a file first")
-    refused(batch(missing, Path(os.devnull), output=tmp_path / "out.jsonl"), "write it to a file first")
-    refused(batch(missing, source, output=fifo), "not a regular file")
-    refused(batch(missing, source, output=source / "out.jsonl"), "Not a directory")
-    refused(batch(missing, source, output=Path(os.devnull)), "not a regular file")
+    assert_refused(batch(missing, fifo), "write it to a file first")
+    assert_refused(batch(missing, Path(os.devnull), output=tmp_path / "out.jsonl"), "write it to a file first")
+    assert_refused(batch(missing, source, output=fifo), "not a regular file")
+    assert_refused(batch(missing, source, output=source / "out.jsonl"), "Not a directory")
+    assert_refused(batch(missing, source, output=Path(os.devnull)), "not a regular file")
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="nothing is unwritable here")
@@ -210,7 +210,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
     source, folder = tmp_path / "in.jsonl", tmp_path / "locked"
     source.write_bytes(HELLO)
     folder.mkdir(mode=0o500)
-    refused(batch(tmp_path / "missing.pth", source, output=folder / "out.jsonl"), "cannot be written to")
+    assert_refused(batch(tmp_path / "missing.pth", source, output=folder / "out.jsonl"), "cannot be written to")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
@@ -264,7 +264,7 @@ def test_two_runs_do_not_write_one_file_and_a_killed_one_leaves_no_lock(tiny: Pa
     process = started(tiny, *args, "--max-tokens", "100000000")
     try:
         wait_for(lambda: output.exists() and b"\n" in output.read_bytes(), process)
-        refused(batch(tmp_path / "missing.pth", source), "another rwkv-run is writing it")
+        assert_refused(batch(tmp_path / "missing.pth", source), "another rwkv-run is writing it")
         assert sorted(records(output)) == [1]
     finally:
         process.kill()
@@ -283,7 +283,7 @@ def test_a_second_run_that_comes_while_the_first_loads_its_model_is_refused_too(
 
     with output.open("ab") as other, pytest.MonkeyPatch.context() as patch:
         patch.setattr("rwkv_runtime.cli.run.load", load_slowly)
-        refused(batch(tiny, source), "another rwkv-run is writing it")
+        assert_refused(batch(tiny, source), "another rwkv-run is writing it")
     assert output.read_bytes() == b""
     assert batch(tiny, source).exit_code == 0
 

@@ -67,7 +67,7 @@ def pair(plugins: Plugins, dtype: torch.dtype, name: str = "rwkv6", layers: int 
     return ours, exact
 
 
-def no_further(ours: Tensor, plain: Tensor, exact: Tensor) -> None:
+def assert_no_further(ours: Tensor, plain: Tensor, exact: Tensor) -> None:
     """We are about as near to float32 as plain PyTorch is in the same dtype; how rounding adds up is chance: with other
     weights plain PyTorch was five times as far off as we were."""
     assert off(ours, exact) <= max(EXACT, 4 * off(plain, exact))
@@ -109,7 +109,7 @@ def test_captured_steps_say_what_plain_pytorch_says(
     engine = Engine(model, Fused(tuning), Nucleus(), tokenizer, rows)
     first, second = (forced(engine, TOKENS, rows) for _ in range(2))
     assert bool(first.isfinite().all())
-    no_further(first, plain, exact)
+    assert_no_further(first, plain, exact)
     assert torch.equal(first, second)
 
 
@@ -124,7 +124,7 @@ def test_steps_that_seldom_write_a_state_say_what_plain_pytorch_says(
     engine = Engine(model, Fused(Tuning(skinny_rows=4, deferred=3)), Nucleus(), tokenizer, 9)
     assert isinstance(engine.state, DeferredState)
     first, second = (forced(engine, TOKENS, rows) for _ in range(2))
-    no_further(first, plain, exact)
+    assert_no_further(first, plain, exact)
     assert torch.equal(first, second)
 
 
@@ -175,9 +175,9 @@ def test_prompts_say_what_plain_pytorch_says(plugins: Plugins, name: str, dtype:
     tokens = torch.tensor([tokens_of(T, seed) for seed in range(B)], device="cuda")
     states = [m.new_state(B) for m in (model, model, in_full)]
     passes = [Fused().forward(model), Eager().forward(model), Eager().forward(in_full)]
-    no_further(*(run(tokens, state, every=True) for run, state in zip(passes, states, strict=True)))
+    assert_no_further(*(run(tokens, state, every=True) for run, state in zip(passes, states, strict=True)))
     for name in states[0].tensors:
-        no_further(*(state[name] for state in states))
+        assert_no_further(*(state[name] for state in states))
 
 
 @pytest.mark.parametrize("embd", [2048, 2560, 4096])
@@ -215,7 +215,7 @@ def test_captured_steps_with_a_state_in_16_bits(
     assert engine.state["att_kv"].dtype == torch.float16
     first, second = (forced(engine, TOKENS, rows) for _ in range(2))
     assert bool(first.isfinite().all())
-    no_further(first, plain, exact)
+    assert_no_further(first, plain, exact)
     assert torch.equal(first, second)
 
 
@@ -229,9 +229,9 @@ def test_prompts_with_a_state_in_16_bits(plugins: Plugins, name: str, dtype: tor
     states = [in_16_bits(model).new_state(3), in_16_bits(model).new_state(3), in_full.new_state(3)]
     passes = [Fused().forward(in_16_bits(model)), Eager().forward(model), Eager().forward(in_full)]
     for part in tokens.split([T, 1], dim=1):
-        no_further(*(run(part, state, every=True) for run, state in zip(passes, states, strict=True)))
+        assert_no_further(*(run(part, state, every=True) for run, state in zip(passes, states, strict=True)))
     for tensor in states[0].tensors:
-        no_further(*(state[tensor] for state in states))
+        assert_no_further(*(state[tensor] for state in states))
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
@@ -333,7 +333,7 @@ def test_a_prompt_that_is_filled_up_says_the_same_before_and_after_its_size_is_c
         assert torch.equal(first, third)
         assert all(torch.equal(states[0][tensor], states[2][tensor]) for tensor in states[0].tensors)
         plain = forward.forward(tokens, states[3])
-        no_further(first[:, PRESENT], plain[:, PRESENT], exact(tokens, in_full.new_state())[:, PRESENT])
+        assert_no_further(first[:, PRESENT], plain[:, PRESENT], exact(tokens, in_full.new_state())[:, PRESENT])
 
 
 class Waits(Nucleus):

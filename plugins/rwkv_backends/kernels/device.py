@@ -21,7 +21,7 @@ def wait_for_earlier(OVERLAP: tl.constexpr):
 
 
 @triton.jit
-def there_of(length_ptr, T):
+def tokens_there(length_ptr, T):
     """How many tokens of a sequence of T are there, the rest being padding: all, or what is at length_ptr."""
     return T if length_ptr is None else tl.load(length_ptr).to(tl.int32)
 

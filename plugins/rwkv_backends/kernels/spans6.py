@@ -27,7 +27,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rwkv_backends.kernels.device import let_next_begin, sigmoid, store, store_state, tanh, there_of, wait_for_earlier
+from rwkv_backends.kernels.device import (
+    let_next_begin,
+    sigmoid,
+    store,
+    store_state,
+    tanh,
+    tokens_there,
+    wait_for_earlier,
+)
 from rwkv_backends.kernels.tuning import Tuning
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -107,7 +115,7 @@ def added_kernel(kvrg_ptr, low_ptr, w_ptr, decay_ptr, between_ptr, added_ptr, ke
     c, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     i, n = tl.arange(0, SPAN), tl.arange(0, N)
     start = b * T + c * SPAN
-    live = (i < there_of(length_ptr, T) - c * SPAN)[:, None]
+    live = (i < tokens_there(length_ptr, T) - c * SPAN)[:, None]
     k_ptr = kvrg_ptr + start * (H * N) + h * N
     own = i[:, None] * (H * N) + n[None, :]
     k = tl.load(k_ptr + own, mask=live, other=0.0)  # [SPAN, N]
@@ -160,7 +168,7 @@ def outputs_kernel(kvrg_ptr, between_ptr, logs_ptr, u_ptr, weight_ptr, bias_ptr,
     h = H - 1 - tl.program_id(1)  # the last heads have the strongest decays, as models are trained: the longest first
     i, n = tl.arange(0, SPAN), tl.arange(0, N)
     start = b * T + c * SPAN
-    live = (i < there_of(length_ptr, T) - c * SPAN)[:, None]
+    live = (i < tokens_there(length_ptr, T) - c * SPAN)[:, None]
     k_ptr, part = kvrg_ptr + start * (H * N) + h * N, tl.cast(M, tl.int64) * (H * N)
     own = i[:, None] * (H * N) + n[None, :]
     log_w = tl.load(logs_ptr + start * (H * N) + h * N + own, mask=live, other=0.0)

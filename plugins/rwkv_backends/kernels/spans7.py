@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rwkv_backends.kernels.device import let_next_begin, sigmoid, store, store_state, there_of, wait_for_earlier
+from rwkv_backends.kernels.device import let_next_begin, sigmoid, store, store_state, tokens_there, wait_for_earlier
 from rwkv_backends.kernels.tuning import Tuning
 from rwkv_backends.kernels.wkv7 import LOG2_LEAST, Heads
 
@@ -76,7 +76,7 @@ def spans_kernel(rkv_ptr, raw_ptr, decay_ptr, rate_ptr, mix_ptr, removal_ptr, re
     i, n = tl.arange(0, L), tl.arange(0, N)
     channel = h * N + n
     start = b * T + c * L
-    there = i < there_of(length_ptr, T) - c * L
+    there = i < tokens_there(length_ptr, T) - c * L
     live = there[:, None]
     base, part = start * (H * N) + h * N, tl.cast(M, tl.int64) * (H * N)
     own = i[:, None] * (H * N) + n[None, :]
@@ -161,7 +161,7 @@ def outputs_kernel(seeing_ptr, own_ptr, starts_ptr, values_ptr, gate_ptr, bonuse
     i, n = tl.arange(0, L), tl.arange(0, N)
     channel = h * N + n
     start = b * T + c * L
-    there = i < there_of(length_ptr, T) - c * L
+    there = i < tokens_there(length_ptr, T) - c * L
     live = there[:, None]
     own = start * (H * N) + i[:, None] * (H * N) + channel[None, :]
     seeing = tl.load(seeing_ptr + own, mask=live, other=0.0)  # [L, N]

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rwkv_backends.kernels.device import let_next_begin, load_vector, sigmoid, store, there_of, wait_for_earlier
+from rwkv_backends.kernels.device import let_next_begin, load_vector, sigmoid, store, tokens_there, wait_for_earlier
 from rwkv_backends.kernels.mixing import across
 from rwkv_backends.kernels.tuning import Tuning
 
@@ -100,7 +100,7 @@ def tokens_kernel(x_ptr, r_ptr, v_ptr, gated_ptr, scale, prev_ptr, weight_ptr, b
             tl.store(at, x[j + 1], mask=cols < tl.where(start + j < M, C, 0))
     if weight_ptr is not None:
         y = normed(x, weight, bias, mask, C)
-        count = there_of(length_ptr, T)
+        count = tokens_there(length_ptr, T)
         for j in tl.static_range(TOKENS):
             m = start + j
             b = m.to(tl.int32) // T  # whole numbers of 64 bits take long to divide
