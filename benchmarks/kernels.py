@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             expected.setdefault(rows, logits)
             off = float((logits - expected[rows]).norm() / expected[rows].norm())
             what = f"{options.size} decode {rows}: {differs}"
-            cycle = tuning.deferred + 1  # of steps, one of which writes a row's state
+            cycle = tuning.deferred or 1  # of steps, one of which writes a row's state
             report(what, step, decode_share(checkpoint, model, rows, ceilings), cycle)
             print(f"  logits differ from the first by {off:.0e}", flush=True)
             if options.profile:

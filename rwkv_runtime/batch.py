@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -25,7 +26,8 @@ class Batch:
     """`rows` rows and the decode step of their first few, prepared for some sizes.
 
     `forward` is the backend's forward pass of this model where there is one already: made anew, it may copy weights.
-    Raises BackendError where the backend cannot prepare its forward pass or its decode step.
+    Raises BackendError where the backend cannot prepare its forward pass or its decode step, and
+    torch.OutOfMemoryError where the GPU has no room for so many rows.
     """
 
     def __init__(
@@ -47,16 +49,12 @@ class Batch:
         self.controls = Controls.allocate(sampler, rows, V, sampling_device, tokenizer)
         self.before = torch.zeros_like(self.controls.position)
         self.absent = _absent_mask(tokenizer, V, device)
-        try:
+        with _backends_own(torch.OutOfMemoryError):  # another backend's state would not be smaller
             self.state = backend.new_state(model, rows)
+        with _backends_own():
             self.forward = forward or backend.forward(model)
             with torch.inference_mode():
                 self._ticks = {size: self._build_tick(size) for size in _sizes(rows)}
-        except RwkvError:
-            raise
-        except Exception as error:  # whatever a backend's compiler raises is that backend's failure
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise BackendError(reason[0]) from error
 
     def move(self, source: int, row: int) -> None:
         """Puts what one row holds into another."""
@@ -144,6 +142,18 @@ def _sizes(rows: int) -> list[int]:
     while sizes[-1] * 4 < rows:
         sizes.append(sizes[-1] * 4)
     return [*sizes, rows] if rows > sizes[-1] else sizes
+
+
+@contextmanager
+def _backends_own(*others: type[Exception]) -> Iterator[None]:
+    """Whatever a backend, or its compiler, raises is that backend's failure, but for errors of these types."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (RwkvError, *others)):
+            raise
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise BackendError(reason[0]) from error
 
 
 def _absent_mask(tokenizer: Tokenizer, vocab_size: int, device: torch.device) -> Tensor | None:

@@ -248,7 +248,7 @@ class Engine(Batch):
         """Keeps the states that the next step will change: a text that ended before it has not read its last token."""
         if self._before is None:
             with torch.inference_mode(False):
-                self._before = self.backend.new_state(self.model, self.rows)
+                self._before = self.state.clone()
         for name, t in self.state.view(0, len(self.active)).tensors.items():
             self._before[name][:, : t.shape[1]].copy_(t)
 

@@ -42,7 +42,7 @@ def interpreter_fails() -> bool:
 
 FEW = 48
 """Bytes of a thread that a kernel may spill, twelve registers: one version of Triton needs none where another does."""
-MORE = {"spans_kernel": 128, "deferred_kernel": 128}
+MORE = {"spans_kernel": 128, "merge_kernel": 128}
 """For those that have all registers that there are."""
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 needs_compiler = pytest.mark.skipif(fused.interpreted(), reason="Triton's interpreter is on, which compiles nothing")
@@ -146,11 +146,11 @@ def test_kernels_of_a_state_that_is_seldom_written_compile_for_hopper(
     config = architecture.sizes(2, 256, 260, 64)
     model = build_model(architecture.random(config, dtype=dtype), plugins.architectures, CPU, state_dtype=state)
     model = replace(model, weights=as_on_a_gpu(model.weights, dtype))
-    backend = Fused(Tuning(deferred=4))
+    backend = Fused()
     forward = import_module(FAMILIES[architecture.name]).forward(model, backend.tuning)
     tokens = torch.zeros(128, 1, dtype=torch.int64)
     kernels = compiled_by(lambda: forward(tokens, backend.new_state(model, 128)), monkeypatch)
-    assert {kernel.name for kernel in kernels} >= {"decays_kernel", "deferred_kernel"}
+    assert {kernel.name for kernel in kernels} >= {"decays_kernel", "deferred_kernel", "merge_kernel"}
     assert [kernel.name for kernel in kernels if kernel.spilled > MORE.get(kernel.name, FEW)] == []
 
 

@@ -121,7 +121,7 @@ def test_steps_that_seldom_write_a_state_say_what_plain_pytorch_says(
     """A batch of nine, of which so many rows are at work: through the kernels of one, of few and of many."""
     model, in_full = pair(plugins, dtype, "rwkv6", layers=7)
     plain, exact = (forced(Engine(m, Eager(), Nucleus(), tokenizer, rows), TOKENS, rows) for m in (model, in_full))
-    engine = Engine(model, Fused(Tuning(skinny_rows=4, deferred=3)), Nucleus(), tokenizer, 9)
+    engine = Engine(model, Fused(Tuning(skinny_rows=4, deferred=3, deferred_rows=8)), Nucleus(), tokenizer, 9)
     assert isinstance(engine.state, DeferredState)
     first, second = (forced(engine, TOKENS, rows) for _ in range(2))
     assert_no_further(first, plain, exact)

@@ -1,4 +1,4 @@
-"""States of a batch that a step reads and seldom writes: of many rows they are most of what a step moves."""
+"""States of a batch that a step reads rounded and seldom writes: of many rows they are most of what a step moves."""
 
 from __future__ import annotations
 
@@ -9,61 +9,69 @@ from torch import Tensor
 
 from rwkv_runtime import Model, State
 
-WAITING, KEYS, VALUES, LEFT = "deferred_waiting", "deferred_k", "deferred_v", "deferred_w"
-OWN = (WAITING, KEYS, VALUES, LEFT)
+FILLED, SLOT = "deferred_filled", "deferred_slot"
+KEYS, VALUES, DECAYS = WAITING = "deferred_k", "deferred_v", "deferred_w"
+ROUNDED = "deferred_rounded"
 
 
 class Deferred(NamedTuple):
-    """What one layer's states [B, H, K, V] have yet to take in: S = diag(w) S' + the sum of k_j^T v_j, S' as written.
+    """What one layer's states [B, H, K, V] have yet to take in: S = diag(exp(w)) S + k^T v, for one slot after another.
 
-    waiting int32 [B], the number of each row's updates, the oldest of which is the first; k float32 [B, ROOM, H K],
-    decayed to the last token; v [B, ROOM, H V], of the model's dtype; w float32 [B, H K], of no meaning without any.
+    filled int32 [B], how many slots hold an update, oldest first: 0 in a row that has just come, all of whose slots are
+    zero; slot int32 [B], the one for the token at hand; k [B, ROOM, H K] and v [B, ROOM, H V], of the model's dtype; w
+    float32 [B, ROOM, H K], logarithms of decays; rounded [B, H, K, V], what a step reads: the state in the model's
+    dtype, or as it is kept where that has no more bits.
     """
 
-    waiting: Tensor
+    filled: Tensor
+    slot: Tensor
     k: Tensor
     v: Tensor
     w: Tensor
+    rounded: Tensor
 
 
 class DeferredState(State):
-    """RWKV-6's state, and the updates of the last few tokens that have not been made to it.
+    """RWKV-6's state, the updates of the last few tokens, which have not been made to it, and what it is rounded to.
 
-    A step adds its update to those, and makes them all where there is no room: it writes a state every ROOM + 1 steps.
-    Rows may differ in how many they have.
+    A step first makes the updates of rows that have no room for another, then reads what that left, rounded as the
+    model's other numbers are, with the updates since. When a row's are made hangs on how long it has been there alone.
     """
 
-    own = frozenset(OWN)
+    own = frozenset((FILLED, SLOT, *WAITING, ROUNDED))
 
     @classmethod
     def of(cls, model: Model, rows: int, room: int) -> DeferredState:
         """Fresh rows, with room for so many updates of each."""
-        plain, C, device = model.new_state(rows), model.config.n_embd, model.device
-        L = len(plain["att_kv"])
+        plain, dtype, device = model.new_state(rows), model.dtype, model.device
+        kv = plain["att_kv"]
+        shape = len(kv), rows, room, model.config.n_embd
         own = {
-            WAITING: torch.zeros(L, rows, dtype=torch.int32, device=device),
-            KEYS: torch.zeros(L, rows, room, C, device=device),
-            VALUES: torch.zeros(L, rows, room, C, dtype=model.dtype, device=device),
-            LEFT: torch.zeros(L, rows, C, device=device),
+            FILLED: torch.zeros(shape[:2], dtype=torch.int32, device=device),
+            SLOT: torch.zeros(shape[:2], dtype=torch.int32, device=device),
+            KEYS: torch.zeros(shape, dtype=dtype, device=device),
+            VALUES: torch.zeros(shape, dtype=dtype, device=device),
+            DECAYS: torch.zeros(shape, device=device),
         }
+        if kv.itemsize > dtype.itemsize:
+            own[ROUNDED] = torch.zeros_like(kv, dtype=dtype)
         return cls({**plain.tensors, **own}, plain.initial, plain.architecture)
 
     @property
-    def room(self) -> int:
-        return self[KEYS].shape[2]
+    def rounded(self) -> Tensor | None:
+        """[L, B, H, K, V], where it is not the state itself."""
+        return self.tensors.get(ROUNDED)
 
     def layer(self, i: int) -> Deferred:
-        return Deferred(*(self[name][i] for name in OWN))
-
-    def advance(self) -> None:
-        """After a step of all rows: each has one more update, or none where there was no room."""
-        self[WAITING].add_(1).remainder_(self.room + 1)
+        read = self["att_kv"] if self.rounded is None else self.rounded
+        return Deferred(*(t[i] for t in (*(self[name] for name in (FILLED, SLOT, *WAITING)), read)))
 
     def settle(self) -> None:
-        """Makes all updates."""
+        """Makes all updates; the rows are as if they had just come."""
         for i, kv in enumerate(self["att_kv"]):
-            self.keep("att_kv", i, _updated(kv, self.layer(i)))
-        self[WAITING].zero_()
+            self.keep("att_kv", i, updated(kv, self.layer(i)))
+        for name in (FILLED, *WAITING):
+            self[name].zero_()
 
     def settled(self, row: int) -> State:
         one = self.view(row, row + 1).clone()
@@ -71,13 +79,14 @@ class DeferredState(State):
         return one.plain
 
 
-def _updated(kv: Tensor, deferred: Deferred) -> Tensor:
-    """kv [B, H, K, V], as written -> float32, with all updates."""
+def updated(kv: Tensor, deferred: Deferred) -> Tensor:
+    """kv [B, H, K, V], as kept -> float32, with all updates."""
     B, H, K, V = kv.shape
-    waiting, k, v, w = deferred
-    room = k.shape[1]
-    there = torch.arange(room, device=kv.device) < waiting[:, None]  # [B, ROOM]
-    k = torch.where(there[:, :, None], k, 0.0).view(B, room, H, K).permute(0, 2, 3, 1)  # [B, H, K, ROOM]
-    v = torch.where(there[:, :, None], v.float(), 0.0).view(B, room, H, V).transpose(1, 2)  # [B, H, ROOM, V]
-    w = torch.where(waiting[:, None] > 0, w, 1.0).view(B, H, K, 1)
-    return kv.float() * w + k @ v
+    filled, _, k, v, w, _ = deferred
+    kv = kv.float()
+    for j in range(k.shape[1]):
+        there = (filled > j)[:, None]
+        decay = torch.where(there, w[:, j], 0.0).exp().view(B, H, K, 1)
+        key, value = (torch.where(there, t[:, j], 0.0).float() for t in (k, v))
+        kv = kv * decay + key.view(B, H, K, 1) * value.view(B, H, 1, V)
+    return kv

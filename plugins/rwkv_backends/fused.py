@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -37,6 +39,7 @@ LAYERS = 2
 """The first may differ from all others, and the last in what comes after it."""
 CAPABILITY = (8, 0)
 """What the kernels need of a GPU: bfloat16."""
+logger = logging.getLogger("rwkv_runtime")
 
 
 class Fused(Backend):
@@ -111,8 +114,14 @@ class Fused(Backend):
                 self.settle(drawn, logits[:1], refused, Outcome(drawn, *others))
 
     def new_state(self, model: Model, rows: int) -> State:
-        deferred = self.tuning.deferred if rows > self.tuning.skinny_rows and model.architecture.name == "rwkv6" else 0
-        return DeferredState.of(model, rows, deferred) if deferred else super().new_state(model, rows)
+        tuning = self.tuning
+        if model.architecture.name != "rwkv6" or not tuning.deferred or rows <= tuning.deferred_rows:
+            return super().new_state(model, rows)
+        needed = 2 * rows * DeferredState.of(model, 1, tuning.deferred).nbytes  # `freeze` copies what it captures
+        if needed > free_bytes(model.device):
+            logger.warning(f"no memory is left for what makes steps of {rows} rows faster")
+            return super().new_state(model, rows)
+        return DeferredState.of(model, rows, tuning.deferred)
 
     def freeze(self, tick: Tick, buffers: Sequence[Tensor]) -> Tick:
         return self._graphs.capture(tick, buffers) if buffers[0].is_cuda else tick
@@ -144,6 +153,14 @@ def multiplications(config: ModelConfig) -> int:
     """Of a token with a layer's large matrices."""
     C = config.n_embd
     return 6 * C * C + 2 * C * config.n_ffn
+
+
+def free_bytes(device: torch.device) -> int:
+    """What could be allocated: what the device has free, and PyTorch keeps and does not use."""
+    if device.type != "cuda":
+        return sys.maxsize
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def _hash_triton() -> None:

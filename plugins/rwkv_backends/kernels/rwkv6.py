@@ -11,7 +11,7 @@ from rwkv_layers.rwkv6 import RESCALE_EVERY, Block, Weights
 from torch import Tensor
 
 from rwkv_backends.deferred import DeferredState
-from rwkv_backends.kernels import batch6, mixing, prompt6, skinny6, vector, wkv6
+from rwkv_backends.kernels import batch6, deferred6, mixing, prompt6, skinny6, vector, wkv6
 from rwkv_backends.kernels.beside import Beside
 from rwkv_backends.kernels.ffn import channel_mixing
 from rwkv_backends.kernels.tokens import last_of
@@ -57,6 +57,8 @@ def forward(model: Model, tuning: Tuning) -> Padded:
                 x = prompt6.read(x, state, blocks, tuning, length).view(B, T, -1)
                 x = x if every else last_of(x, length)
                 return linear(F.layer_norm(x, x.shape[-1:], *weights.ln_out), weights.head)
+            if isinstance(state, DeferredState):
+                deferred6.merge(state, tuning)
             if tuning.vector_rows >= B:
                 # One layer of a state is contiguous, whichever of its rows a view has; the engine moves rows so that
                 # those at work are always the first: no kernel needs to be told which they are.
@@ -67,8 +69,6 @@ def forward(model: Model, tuning: Tuning) -> Padded:
                 logits = linear(skinny6.step(x, state, blocks, weights.ln_out, tuning), weights.head)
             else:
                 logits = linear(batch6.step(x, state, blocks, weights.ln_out, Beside(second), tuning), weights.head)
-            if isinstance(state, DeferredState):
-                state.advance()
             return logits.unsqueeze(1) if every else logits
 
     return Widened(run)

@@ -94,4 +94,4 @@ def of_layer(
     if decays is None:
         decays = torch.empty(kvrg.shape[1:], device=kvrg.device)
         deferred6.decays(low, att.decay_w2, att.decay, decays, tuning)
-    return deferred6.wkv(kvrg, decays, att.bonus, norm, kv, state.layer(i), like, tuning)
+    return deferred6.wkv(kvrg, decays, att.bonus, norm, state.layer(i), like, tuning)
