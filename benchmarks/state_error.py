@@ -2,7 +2,8 @@
 
 The embedded model, or another, in float32 and by plain torch, writes texts, drawn from a fixed seed, through one end of
 text after another. The same tokens are read with a state that is rounded after each of them, to either kind of 16 bits;
-and, to compare with, by the model in bfloat16 with a state in float32. Printed are the Kullback-Leibler divergence from
+with one that is rounded to bfloat16 where it is read, and kept as it is, as `fused` does for many rows; and, to compare
+with, by the model in bfloat16 with a state in float32. Printed are the Kullback-Leibler divergence from
 what the model predicts itself, and how often another token is the most likely one; then how far off a state is that
 hardly forgets, of random keys and values.
 """
@@ -19,7 +20,7 @@ import torch
 from rwkv_backends.eager import Eager
 from torch import Tensor
 
-from rwkv_runtime import Model, Plugins
+from rwkv_runtime import Model, Plugins, State
 from rwkv_runtime.checkpoint import build_model, open_tensors
 from rwkv_runtime.embedded import embedded_model
 
@@ -37,19 +38,33 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 class Reader:
-    """A model that reads many texts at once, a token at a time, and whose state is rounded after each."""
+    """A model that reads many texts at once, a token at a time.
 
-    def __init__(self, model: Model, texts: int, kept: torch.dtype = torch.float32) -> None:
+    Its state is rounded to `kept` after each, and to `seen` for what comes of a token, but not for what it becomes.
+    """
+
+    def __init__(
+        self, model: Model, texts: int, kept: torch.dtype = torch.float32, seen: torch.dtype = torch.float32
+    ) -> None:
         self.forward, self.state = Eager().forward(model), model.new_state(texts)
-        self.kept, self.rounded = kept, model.architecture.rounded
+        self.kept, self.seen, self.rounded = kept, seen, model.architecture.rounded
         self.bits, self.changed = 0.0, 0
 
     def read(self, tokens: Tensor) -> Tensor:
         """tokens [texts, 1] -> log2 of the probabilities of what may be next, float64 [texts, V]."""
-        logits = self.forward(tokens, self.state)
-        for name in self.rounded:
-            self.state[name].copy_(rounded(self.state[name], self.kept))
+        seen = self.state.clone()
+        self._round(seen, self.seen)
+        logits = self.forward(tokens, seen)
+        if self.seen == torch.float32:
+            self.state = seen
+        else:
+            self.forward(tokens, self.state)
+        self._round(self.state, self.kept)
         return logits.double().log_softmax(-1) / math.log(2)
+
+    def _round(self, state: State, dtype: torch.dtype) -> None:
+        for name in self.rounded:
+            state[name].copy_(rounded(state[name], dtype))
 
     def compare(self, tokens: Tensor, exact: Tensor) -> None:
         """Adds up how far it is from the log2 probabilities `exact`."""
@@ -97,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for dtype in (torch.float32, torch.bfloat16)
     )
     readers = {f"state in {name_of(kept)}": Reader(wide, options.texts, kept) for kept in HALVES}
+    readers["state read in bfloat16"] = Reader(wide, options.texts, seen=torch.bfloat16)
     readers["model in bfloat16"] = Reader(narrow, options.texts)
     entropy = compare(wide, list(readers.values()), options.texts, options.length)
     count = options.texts * options.length

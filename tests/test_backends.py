@@ -31,6 +31,7 @@ from rwkv_runtime.model import Architecture, Model
 from rwkv_runtime.plugins import Plugins
 from rwkv_runtime.runtime import Runtime, usable
 from rwkv_runtime.sampler import check_params
+from rwkv_runtime.state import State
 from rwkv_runtime.testing import tiny_model
 from rwkv_runtime.tokenizer import Tokenizer
 
@@ -255,6 +256,10 @@ class Broken(Backend):
         self.fail("forward")
         return Eager().forward(model)
 
+    def new_state(self, model: Model, rows: int) -> State:
+        self.fail("new_state")
+        return super().new_state(model, rows)
+
     def freeze(self, tick: Tick, buffers: Sequence[Tensor]) -> Tick:
         self.fail("freeze")
         return tick
@@ -276,6 +281,7 @@ def plugins_with(backend: Backend) -> Plugins:
         (Broken("why_not", RuntimeError("no idea")), "RuntimeError: no idea"),
         (Broken("forward", BackendError("no kernel for this")), "no kernel for this"),
         (Broken("forward", RuntimeError("out of luck")), "RuntimeError: out of luck"),
+        (Broken("new_state", RuntimeError("no such dtype")), "no such dtype"),
         (Broken("freeze", BackendError("cannot capture")), "cannot capture"),
         (Broken("freeze", RuntimeError("nvcc said no\nmany\nlines")), "nvcc said no"),
         (Broken("freeze", AssertionError()), "AssertionError"),
@@ -307,6 +313,13 @@ def test_where_no_backend_is_left_the_reason_is_the_error(model: Model, tokenize
     plugins.backends.add(Broken("forward", RuntimeError("out of luck")), "test")
     with pytest.raises(BackendError, match="backend broken: RuntimeError: out of luck; no other backend can run"):
         Runtime(model, tokenizer, plugins)
+
+
+def test_rows_that_have_no_room_are_too_many_for_any_backend(model: Model, tokenizer: Tokenizer) -> None:
+    runtime = Runtime(model, tokenizer, plugins_with(Broken("new_state", torch.OutOfMemoryError("no room"))), "broken")
+    with pytest.raises(torch.OutOfMemoryError):
+        runtime.generate_batch(["a"], rows=2)
+    assert runtime.backend.name == "broken"
 
 
 def test_a_runtime_has_one_forward_pass_for_all_its_engines(model: Model, tokenizer: Tokenizer) -> None:

@@ -15,10 +15,12 @@ from rwkv_runtime.embedded import embedded_model
 def test_states_in_16_bits_are_compared() -> None:
     model = build_model(open_tensors(embedded_model()), Plugins.load().architectures, CPU, torch.float32)
     readers = [Reader(model, 3, kept) for kept in (torch.float32, *HALVES)]
+    readers.append(Reader(model, 3, seen=torch.bfloat16))
     assert 0.5 < compare(model, readers, 3, 12) < 10
-    same, half, brain = (reader.bits for reader in readers)
+    same, half, brain, seen = (reader.bits for reader in readers)
     assert same == 0
     assert 0 < 10 * half < brain
+    assert 0 < 2 * seen < brain
 
 
 def test_a_state_of_fewer_bits_remembers_less() -> None:

@@ -10,6 +10,7 @@ import torch
 from drawn import TUNING, Draw
 from engines import finish
 from helpers import CPU, apart, tokens_of
+from rwkv_backends import fused
 from rwkv_backends.deferred import DeferredState
 from rwkv_backends.fused import FAMILIES, Fused
 from rwkv_backends.kernels import deferred6
@@ -87,6 +88,40 @@ def test_each_step_says_what_one_that_writes_says(
 def test_they_keep_the_contract_of_a_backend(plugins: Plugins) -> None:
     backend = Fused(replace(MANY, deferred=2, deferred_rows=0))
     check_backend(backend, [plugins.architectures.get("rwkv6")], n_layer=1, n_embd=32)
+
+
+@pytest.mark.parametrize(("free", "expected"), [(2**40, DeferredState), (2**10, State)])
+def test_without_the_memory_for_it_a_state_is_written_at_each_step(
+    plugins: Plugins,
+    free: int,
+    expected: type[State],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(fused, "free_bytes", lambda device: free)
+    state = Fused(replace(MANY, deferred_rows=ROWS - 1)).new_state(model_of(plugins), ROWS)
+    assert type(state) is expected
+    assert bool(caplog.messages) == (expected is State)
+
+
+def test_few_rows_are_written_at_each_step(plugins: Plugins) -> None:
+    backend = Fused(replace(MANY, deferred_rows=ROWS))
+    assert type(backend.new_state(model_of(plugins), ROWS)) is State
+    assert type(backend.new_state(model_of(plugins), ROWS + 1)) is DeferredState
+
+
+def test_what_is_read_has_no_more_bits_than_the_model(plugins: Plugins) -> None:
+    """A state of as many is read as it is kept."""
+    for dtype, state, rounded in (
+        (torch.float32, torch.float32, None),
+        (torch.float32, torch.float16, None),
+        (torch.float16, torch.float16, None),
+        (torch.float16, torch.float32, torch.float16),
+        (torch.bfloat16, torch.float32, torch.bfloat16),
+    ):
+        ours = DeferredState.of(model_of(plugins, dtype, state), 2, ROOM)
+        assert (ours.rounded.dtype if ours.rounded is not None else None) == rounded
+        assert ours.layer(1).rounded.dtype == (rounded or state)
 
 
 def test_a_state_is_written_when_there_is_no_room_and_only_then(plugins: Plugins) -> None:
