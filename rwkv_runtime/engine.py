@@ -27,7 +27,8 @@ class Engine(Batch):
     With a `lag` of 1 the tokens of a step are read when the next one has been started, so that a GPU never waits for
     the host; a text that turns out to have ended then drew one token too many, which is dropped. None: 1 on a GPU.
     `forward` is the backend's forward pass of this model where there is one already; engines may share one.
-    Raises BackendError where the backend cannot prepare its forward pass or its decode step.
+    Raises BackendError where the backend cannot prepare its forward pass or its decode step, torch.OutOfMemoryError
+    where a GPU has no room for so many rows.
     """
 
     def __init__(
@@ -199,7 +200,7 @@ class Engine(Batch):
                 self._accept(earlier)
                 if observed or not self.lag:
                     self._land()
-        except RwkvError:
+        except (RwkvError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # a stranger's sampler may raise anything
             names = f"sampler {self.sampler.name}, backend {self.backend.name}"

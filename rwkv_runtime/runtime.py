@@ -158,7 +158,8 @@ class Runtime:
                 self._give_way(_reason(error))
 
     def engine(self, sampler: str = "nucleus", rows: int = 1) -> Engine:
-        """The engine for a sampler (or chain) and a number of rows, prepared once. Raises OptionError for either."""
+        """The engine for a sampler (or chain) and a number of rows, prepared once. Raises OptionError for either, and
+        torch.OutOfMemoryError where a GPU has no room for so many rows."""
         if type(rows) is not int or rows < 1:
             raise OptionError(f"rows is a whole number from 1, not {rows!r}")
         key = sampler, rows

@@ -19,8 +19,8 @@ class Deferred(NamedTuple):
 
     filled int32 [B], how many slots hold an update, oldest first: 0 in a row that has just come, all of whose slots are
     zero; slot int32 [B], the one for the token at hand; k [B, ROOM, H K] and v [B, ROOM, H V], of the model's dtype; w
-    float32 [B, ROOM, H K], logarithms of decays; rounded [B, H, K, V], what a step reads: the state in the model's
-    dtype, or as it is kept where that has no more bits.
+    float32 [B, ROOM, H K], logarithms of decays; rounded [B, H, K, V], what a step reads: a float32 state in bfloat16
+    where that is the model's dtype, any other as it is kept.
     """
 
     filled: Tensor
@@ -33,6 +33,8 @@ class Deferred(NamedTuple):
 
 class DeferredState(State):
     """RWKV-6's state, the updates of the last few tokens, which have not been made to it, and what it is rounded to.
+
+    That is so of a model in bfloat16: float16 has not the range of a state in float32.
 
     A step first makes the updates of rows that have no room for another, then reads what that left, rounded as the
     model's other numbers are, with the updates since. When a row's are made hangs on how long it has been there alone.
@@ -53,7 +55,7 @@ class DeferredState(State):
             VALUES: torch.zeros(shape, dtype=dtype, device=device),
             DECAYS: torch.zeros(shape, device=device),
         }
-        if kv.itemsize > dtype.itemsize:
+        if kv.dtype == torch.float32 and dtype == torch.bfloat16:
             own[ROUNDED] = torch.zeros_like(kv, dtype=dtype)
         return cls({**plain.tensors, **own}, plain.initial, plain.architecture)
 

@@ -37,6 +37,8 @@ HEAD_SIZES = (16, 32, 64, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LAYERS = 2
 """The first may differ from all others, and the last in what comes after it."""
+LOGITS = 3
+"""Of a row, as float32: the engine's, those of the head, and what a sampler makes of them."""
 CAPABILITY = (8, 0)
 """What the kernels need of a GPU: bfloat16."""
 logger = logging.getLogger("rwkv_runtime")
@@ -117,11 +119,18 @@ class Fused(Backend):
         tuning = self.tuning
         if model.architecture.name != "rwkv6" or not tuning.deferred or rows <= tuning.deferred_rows:
             return super().new_state(model, rows)
-        needed = 2 * rows * DeferredState.of(model, 1, tuning.deferred).nbytes  # `freeze` copies what it captures
-        if needed > free_bytes(model.device):
+        try:
+            deferred = DeferredState.of(model, rows, tuning.deferred) if self._room(model, rows) else None
+        except torch.OutOfMemoryError:  # less is free than it seemed
+            deferred = None
+        if deferred is None:
             logger.warning(f"no memory is left for what makes steps of {rows} rows faster")
-            return super().new_state(model, rows)
-        return DeferredState.of(model, rows, tuning.deferred)
+        return deferred or super().new_state(model, rows)
+
+    def _room(self, model: Model, rows: int) -> bool:
+        """Whether these rows fit twice, for `freeze` copies what it captures, and their logits a few times."""
+        row = DeferredState.of(model, 1, self.tuning.deferred).nbytes + LOGITS * 4 * model.config.vocab_size
+        return 2 * rows * row <= free_bytes(model.device)
 
     def freeze(self, tick: Tick, buffers: Sequence[Tensor]) -> Tick:
         return self._graphs.capture(tick, buffers) if buffers[0].is_cuda else tick

@@ -90,18 +90,35 @@ def test_they_keep_the_contract_of_a_backend(plugins: Plugins) -> None:
     check_backend(backend, [plugins.architectures.get("rwkv6")], n_layer=1, n_embd=32)
 
 
-@pytest.mark.parametrize(("free", "expected"), [(2**40, DeferredState), (2**10, State)])
+@pytest.mark.parametrize(
+    ("free", "expected"), [(1.0, State), (1.9, State), (9.0, DeferredState)], ids=["once", "not twice", "enough"]
+)
 def test_without_the_memory_for_it_a_state_is_written_at_each_step(
     plugins: Plugins,
-    free: int,
+    free: float,
     expected: type[State],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(fused, "free_bytes", lambda device: free)
-    state = Fused(replace(MANY, deferred_rows=ROWS - 1)).new_state(model_of(plugins), ROWS)
+    """Free is so many times what it takes: a captured step has it twice."""
+    model = model_of(plugins)
+    monkeypatch.setattr(fused, "free_bytes", lambda device: int(free * DeferredState.of(model, ROWS, 8).nbytes))
+    state = Fused(replace(MANY, deferred_rows=ROWS - 1)).new_state(model, ROWS)
     assert type(state) is expected
     assert bool(caplog.messages) == (expected is State)
+
+
+def test_what_has_no_room_after_all_is_written_at_each_step(
+    plugins: Plugins, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_room(*_: object) -> DeferredState:
+        raise torch.OutOfMemoryError("no room")
+
+    backend, model = Fused(replace(MANY, deferred_rows=1)), model_of(plugins)
+    monkeypatch.setattr(Fused, "_room", lambda *_: True)
+    monkeypatch.setattr(DeferredState, "of", no_room)
+    assert type(backend.new_state(model, ROWS)) is State
+    assert caplog.messages == [f"no memory is left for what makes steps of {ROWS} rows faster"]
 
 
 def test_few_rows_are_written_at_each_step(plugins: Plugins) -> None:
@@ -110,18 +127,42 @@ def test_few_rows_are_written_at_each_step(plugins: Plugins) -> None:
     assert type(backend.new_state(model_of(plugins), ROWS + 1)) is DeferredState
 
 
-def test_what_is_read_has_no_more_bits_than_the_model(plugins: Plugins) -> None:
-    """A state of as many is read as it is kept."""
-    for dtype, state, rounded in (
-        (torch.float32, torch.float32, None),
-        (torch.float32, torch.float16, None),
-        (torch.float16, torch.float16, None),
-        (torch.float16, torch.float32, torch.float16),
-        (torch.bfloat16, torch.float32, torch.bfloat16),
-    ):
-        ours = DeferredState.of(model_of(plugins, dtype, state), 2, ROOM)
-        assert (ours.rounded.dtype if ours.rounded is not None else None) == rounded
-        assert ours.layer(1).rounded.dtype == (rounded or state)
+@pytest.mark.parametrize("state", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_of_a_model_in_bfloat16_a_state_in_full_is_read_rounded(
+    plugins: Plugins, dtype: torch.dtype, state: torch.dtype
+) -> None:
+    ours = DeferredState.of(model_of(plugins, dtype, state), 2, ROOM)
+    if (dtype, state) == (torch.bfloat16, torch.float32):
+        assert ours.layer(1).rounded.dtype == torch.bfloat16
+    else:
+        assert ours.layer(1).rounded.data_ptr() == ours["att_kv"][1].data_ptr()
+
+
+@pytest.mark.parametrize("tuning", [SKINNY, MANY], ids=["skinny", "many"])
+def test_rows_are_rounded_whenever_they_are_written(plugins: Plugins, tuning: Tuning) -> None:
+    """Rows that come with a state, then read a prompt; to float16 here, which the interpreter multiplies."""
+    model = model_of(plugins, torch.float16)
+    plain, ours = model.new_state(ROWS), DeferredState.of(model, ROWS, ROOM)
+    ours.tensors["deferred_rounded"] = torch.zeros_like(ours["att_kv"], dtype=torch.float16)
+    fresh = model.new_state(ROWS)
+    fresh["att_kv"].normal_(generator=torch.Generator().manual_seed(3))
+    forward = import_module(FAMILIES["rwkv6"]).forward(model, tuning)
+    prompt = torch.tensor([tokens_of(18, row) for row in range(ROWS)]) % V
+
+    def compare(logits: list[Tensor]) -> None:
+        assert apart(logits[1], logits[0]) < 5e-3
+        for mine, theirs in zip(settled(ours), settled(plain), strict=True):
+            assert apart(mine.float(), theirs.float()) < 5e-3
+
+    for row in range(ROWS):
+        for one in (plain, ours):
+            one.copy(fresh, row, row)
+    for place in range(ROOM + 2):
+        compare(step(model, tuning, [plain, ours], place, ROWS))
+    compare([forward(prompt, state) for state in (plain, ours)])
+    for place in range(ROOM + 2):
+        compare(step(model, tuning, [plain, ours], place, ROWS))
 
 
 def test_a_state_is_written_when_there_is_no_room_and_only_then(plugins: Plugins) -> None:
@@ -199,6 +240,17 @@ def test_texts_come_and_go_and_are_the_same(plugins: Plugins, tokenizer: Tokeniz
     assert not isinstance(plain.state, DeferredState)
     texts = [[generation.tokens for generation in finish(engine, *REQUESTS)] for engine in (ours, plain)]
     assert texts[0] == texts[1]
+
+
+def test_what_is_kept_beside_a_step_is_of_its_kind(
+    plugins: Plugins, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However little memory there is by then."""
+    engine = engine_of(plugins, tokenizer, ROOM)
+    engine.lag = 1
+    monkeypatch.setattr(fused, "free_bytes", lambda device: 0)
+    finish(engine, replace(REQUESTS[1], keep=True, max_tokens=4))
+    assert type(engine._before) is DeferredState
 
 
 @pytest.mark.parametrize("lag", [0, 1])

@@ -60,12 +60,12 @@ class Tuning:
     are one product; blocks are halved until it is so. At 0 each size of block has a product."""
     carry_ahead: int = 16
     """RWKV-6: spans whose states a program asks for at once as it carries the state through a prompt."""
-    padded: int = 110_000_000_000
+    padded: int = 97_000_000_000
     """Multiplications of a layer's products up to which a prompt is filled up to a size that has a graph: as many as a
     GPU makes while Python starts the layer's kernels."""
     deferred: int = 8
     """RWKV-6: tokens of a row whose updates of the state are made at once, kept beside it until then."""
-    deferred_rows: int = 16
+    deferred_rows: int = 31
     """Batches beyond this size have theirs kept so."""
     tokens: int = 4
     """Of a prompt that one program gates, norms and shifts: two or four."""
