@@ -62,10 +62,11 @@ class Backend(ABC):
         """
         return None
 
-    def warm_up(self, architecture: Architecture, device: torch.device) -> None:  # noqa: B027  (optional)
+    def warm_up(self, architecture: Architecture, device: torch.device, blank: Callable[[], Model]) -> None:  # noqa: B027
         """What takes long before `forward` and needs no weights: libraries, compilers.
 
-        Called in a thread of its own while the weights are read; it may be left out. What it raises is not shown.
+        `blank()` makes a model like the one to come, but of two layers, few ids and zeros (`blank.py`). Called in a
+        thread of its own while the weights are read; it may be left out. What it raises is not shown.
         """
 
     @abstractmethod

@@ -190,7 +190,7 @@ def build_model(
         raise OptionError(f"{source}: {architecture.name} has no state in 16 bits")
     if device.type == "cpu":
         keep_freed_memory()
-    own = _own_dtype(tensors)
+    own = own_dtype(tensors)
     dtype = dtype or own
     # What is made smaller on the way is not brought to a GPU as it is.
     ahead = Ahead(tensors if device.type == "cuda" and dtype == own and quant is None else {}, device)
@@ -207,7 +207,8 @@ def build_model(
     return Model(architecture, config, weights, device, dtype, initial, source, quant, state_dtype)
 
 
-def _own_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
+def own_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """That of most of their numbers."""
     sizes: dict[torch.dtype, int] = {}
     for t in tensors.values():
         sizes[t.dtype] = sizes.get(t.dtype, 0) + t.numel()

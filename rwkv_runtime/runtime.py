@@ -6,8 +6,9 @@ import logging
 import operator
 import os
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from rwkv_runtime import collector
 from rwkv_runtime.backend import Backend, as_chunk, chunk_size
-from rwkv_runtime.checkpoint import Progress, build_model, check_sha256, open_tensors, recognise
+from rwkv_runtime.blank import blank_model
+from rwkv_runtime.checkpoint import Progress, build_model, check_sha256, open_tensors, own_dtype, recognise
 from rwkv_runtime.embedded import embedded_model
 from rwkv_runtime.engine import Engine
 from rwkv_runtime.errors import BackendError, OptionError, RwkvError, StateError
@@ -68,7 +70,8 @@ def load(
     words = find_vocabulary(path, vocab, config.vocab_size)  # a missing one is told before gigabytes are read
     numbered = torch.empty(0, device=where).device  # a thread has a current device of its own
     with ThreadPoolExecutor(2) as beside:  # what is read meanwhile does not hold the interpreter
-        beside.submit(_warm_up, in_order(plugins, backend), architecture, numbered)
+        blank = partial(blank_model, tensors, architecture, config, numbered, kind or own_dtype(tensors), kept)
+        beside.submit(_warm_up, in_order(plugins, backend), architecture, numbered, blank)
         tokenizer = beside.submit(load_vocabulary, words, config.vocab_size)
         model = build_model(tensors, [architecture], where, kind, str(path), progress, quant, kept)
     return Runtime(model, tokenizer.result(), plugins, backend)
@@ -83,10 +86,12 @@ def in_order(plugins: Plugins, name: str = AUTO) -> list[Backend]:
     return [chosen, *(b for b in everyone if b is not chosen)]
 
 
-def _warm_up(candidates: Sequence[Backend], architecture: Architecture, device: torch.device) -> None:
+def _warm_up(
+    candidates: Sequence[Backend], architecture: Architecture, device: torch.device, blank: Callable[[], Model]
+) -> None:
     """Warms up the first that is usable on this machine. What fails here fails in its `forward`, too, and is told."""
     if backend := next((b for b in candidates if why_not(b, None) is None), None):
-        backend.warm_up(architecture, device)
+        backend.warm_up(architecture, device, blank)
 
 
 def load_plugins() -> Plugins:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ from helpers import CPU, Tensors, apart, built, logits_of, tokens_of
 from rwkv_backends.eager import Eager
 
 import rwkv_runtime
-from rwkv_runtime import Architecture, CheckpointError, Plugins, Tokenizer, ahead
+from rwkv_runtime import Architecture, CheckpointError, Model, Plugins, Tokenizer, ahead
 from rwkv_runtime.ahead import Ahead
+from rwkv_runtime.blank import IDS, blank_model
 
 TOKENS = tokens_of(20)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
@@ -104,7 +106,8 @@ class WarmsUp(Eager):
         self.calls: list[tuple[str, str, bool]] = []
         self.collecting: bool | None = None
 
-    def warm_up(self, architecture: Architecture, device: torch.device) -> None:
+    def warm_up(self, architecture: Architecture, device: torch.device, blank: Callable[[], Model]) -> None:
+        assert blank().config.n_layer == 2
         self.collecting = gc.isenabled()
         beside = threading.current_thread() is not threading.main_thread()
         self.calls.append((architecture.name, device.type, beside))
@@ -139,3 +142,13 @@ def test_a_large_model_on_a_gpu_is_that_of_the_cpu(architecture: Architecture, t
     torch.save(architecture.random(architecture.sizes(2, 1024, 65536)), tmp_path / "model.pth")
     ours, theirs = (rwkv_runtime.load(tmp_path / "model.pth", device=d, backend="eager") for d in ("cuda", "cpu"))
     assert apart(ours.logits(TOKENS).cpu(), theirs.logits(TOKENS)) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_blank_model_is_like_the_real_one_but_small(architecture: Architecture, dtype: torch.dtype) -> None:
+    tensors = architecture.random(architecture.sizes(4, 64, 5 * 64, 16))
+    config = architecture.config({name: tuple(t.shape) for name, t in tensors.items()})
+    blank = blank_model(tensors, architecture, config, CPU, dtype, torch.float32)
+    assert (blank.config.n_layer, blank.config.n_embd, blank.dtype) == (2, 64, dtype)
+    logits = Eager().forward(blank)(torch.zeros(1, 3, dtype=torch.int64), blank.new_state())
+    assert logits.tolist() == [[0.0] * IDS]

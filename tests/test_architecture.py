@@ -23,7 +23,7 @@ LEVELS = (
     {"ahead", "collector", "driver", "errors", "hooks"},
     {"memory", "noise", "state", "text", "tokenizer"},
     {"controls", "model", "vocabulary"},
-    {"backend", "checkpoint", "sampler"},
+    {"backend", "blank", "checkpoint", "sampler"},
     {"embedded", "observation", "plugins", "snapshot"},
     {"batch", "generation", "settings"},
     {"flight"},

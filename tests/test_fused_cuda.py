@@ -22,6 +22,7 @@ from rwkv_samplers.nucleus import Nucleus
 from settling import check_settled
 from torch import Tensor
 
+from rwkv_runtime.blank import blank_model
 from rwkv_runtime.checkpoint import build_model
 from rwkv_runtime.controls import Controls
 from rwkv_runtime.engine import Engine
@@ -289,15 +290,21 @@ def test_another_length_of_prompt_compiles_nothing(plugins: Plugins, name: str) 
     assert count() == before
 
 
-def test_what_warms_up_is_what_a_model_needs(plugins: Plugins) -> None:
+@pytest.mark.parametrize("early", [False, True])
+def test_what_warms_up_is_what_a_model_needs(plugins: Plugins, early: bool) -> None:
     from rwkv_backends.kernels.settle import settle_kernel
 
     # Triton has variants for strides, that of the logits included, that are multiples of 16: all real vocabularies are.
     architecture = plugins.architectures.get("rwkv6")
     tensors = architecture.random(architecture.sizes(2, 320, 256, 64), dtype=torch.bfloat16)
-    backend, model = Fused(), build_model(tensors, [architecture], torch.device("cuda"), torch.bfloat16)
+    backend, model = (
+        Fused(Tuning(early=early)),
+        build_model(tensors, [architecture], torch.device("cuda"), torch.bfloat16),
+    )
     settle_kernel.device_caches.clear()
-    backend.warm_up(model.architecture, torch.device("cuda", 0))
+    device = torch.device("cuda", 0)
+    blank = blank_model(tensors, architecture, model.config, device, torch.bfloat16, torch.float32)
+    backend.warm_up(architecture, device, lambda: blank)
     warm = len(settle_kernel.device_caches[0][0])
     backend.forward(model)
     assert warm == len(settle_kernel.device_caches[0][0]) == 2

@@ -76,37 +76,44 @@ class Fused(Backend):
             return "Triton's interpreter multiplies bfloat16 wrongly"
         return None
 
-    def warm_up(self, architecture: Architecture, device: torch.device) -> None:
+    def warm_up(self, architecture: Architecture, device: torch.device, blank: Callable[[], Model]) -> None:
         """Triton hashes itself, 400 MB, before it loads its first kernel; meanwhile kernels are imported, and cuBLAS
-        begins and loads what it multiplies 16 bits with."""
+        begins and loads what it multiplies 16 bits with. Then kernels are loaded, one after another."""
         if device.type == "cuda" and architecture.name in FAMILIES:
             with ThreadPoolExecutor(1) as beside:
                 beside.submit(_hash_triton)
                 import_module(FAMILIES[architecture.name])
                 square = torch.zeros(1, 1024, 1024, dtype=torch.bfloat16, device=device)
-                logits = torch.bmm(square, square)[0].addmm_(square[0], square[0]).float()
-            self._settle(logits)
+                logits = torch.bmm(square, square)[0].addmm_(square[0], square[0])
+            if self.tuning.early:
+                self._begin(blank())
+            else:
+                self._settle(logits.float())
 
     def forward(self, model: Model) -> Forward:
-        family: Callable[[Model, Tuning], Padded] = import_module(FAMILIES[model.architecture.name]).forward
-        tuning = self.tuning if overlaps(model.device) else replace(self.tuning, overlap=False)
-        forward = family(model, tuning)
+        forward = self._family(model)
         if model.device.type == "cuda":
             # Compiles now, so that a failure shows here; decode steps are compiled by `freeze`.
-            whole = {chunk_size(model.device, waited_for) for waited_for in (False, True)}
-            padded = min(*whole, tuning.padded // multiplications(model.config))
-            logits = self._begin_prompts(family(beginning(model), tuning), model, padded)
-            self._settle(logits.float())  # as an engine keeps them
-            return CapturedPrompts(forward, model, self._graphs, whole, padded)
+            self._begin(beginning(model))
+            return CapturedPrompts(forward, model, self._graphs, *self._prompts(model))
         return forward
 
-    def _begin_prompts(self, short: Padded, model: Model, padded: int) -> Tensor:
-        """Starts every variant of the kernels that prompts may need; the last logits."""
-        lengths = self.tuning.prompts
+    def _family(self, model: Model) -> Padded:
+        family: Callable[[Model, Tuning], Padded] = import_module(FAMILIES[model.architecture.name]).forward
+        return family(model, self.tuning if overlaps(model.device) else replace(self.tuning, overlap=False))
+
+    def _prompts(self, model: Model) -> tuple[set[int], int]:
+        """Lengths that have a graph each, and the one up to which prompts are filled up."""
+        whole = {chunk_size(model.device, waited_for) for waited_for in (False, True)}
+        return whole, min(*whole, self.tuning.padded // multiplications(model.config))
+
+    def _begin(self, model: Model) -> None:
+        """Starts every variant of the kernels that prompts and the ends of draws may need."""
+        short, lengths, (_, padded) = self._family(model), self.tuning.prompts, self._prompts(model)
         for length, filled in {(n, n < padded) for n in lengths} | {(lengths[-1], False)}:
             tokens = torch.zeros(1, size_of(length) if filled else length, dtype=torch.int64, device=model.device)
             logits = short(tokens, model.new_state(), length=tokens.new_full((1,), length) if filled else None)
-        return logits
+        self._settle(logits.float())  # as an engine keeps them
 
     def _settle(self, logits: Tensor) -> None:
         """Both ends of a draw, from the first row of logits [B, V]: not every sampler is part of what is frozen."""
