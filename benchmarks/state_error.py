@@ -52,12 +52,12 @@ class Reader:
 
     def read(self, tokens: Tensor) -> Tensor:
         """tokens [texts, 1] -> log2 of the probabilities of what may be next, float64 [texts, V]."""
-        seen = self.state.clone()
-        self._round(seen, self.seen)
-        logits = self.forward(tokens, seen)
         if self.seen == torch.float32:
-            self.state = seen
+            logits = self.forward(tokens, self.state)
         else:
+            seen = self.state.clone()
+            self._round(seen, self.seen)
+            logits = self.forward(tokens, seen)
             self.forward(tokens, self.state)
         self._round(self.state, self.kept)
         return logits.double().log_softmax(-1) / math.log(2)

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from rwkv_runtime.model import Architecture, Model, ModelConfig
 
-LAYERS = 2
-"""The first may differ from all others, and the last in what comes after it."""
-IDS = 16
+LAYERS, IDS = 2, 16
+"""Enough for a first layer and a last, and for a row of logits that is as well aligned as a long one."""
 
 
 def blank_model(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+import torch
 from helpers import Tensors, built, byte_tokenizer, tiny_config
 
 from rwkv_runtime.model import Architecture, Model
@@ -52,3 +55,11 @@ def lag(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr("rwkv_runtime.engine.usual_lag", lambda device, sampler: request.param)
     steps: int = request.param
     return steps
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """All memory that a kernel is to write begins as NaN: a place left out shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

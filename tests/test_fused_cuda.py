@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 import pytest
 import torch
 from engines import finish
-from helpers import PRESENT, VOCAB_SIZE, apart, off, tokens_of
+from gpu_models import DTYPES, assert_no_further, in_16_bits, needs_gpu, on_gpu, pair
+from helpers import PRESENT, VOCAB_SIZE, apart, tokens_of
 from rwkv_backends.deferred import DeferredState
 from rwkv_backends.eager import Eager
-from rwkv_backends.fused import FAMILIES, Fused, interpreted
+from rwkv_backends.fused import FAMILIES, Fused
 from rwkv_backends.kernels import rwkv6, rwkv7
 from rwkv_backends.kernels.beside import Beside
 from rwkv_backends.kernels.tuning import Tuning
@@ -27,51 +27,19 @@ from rwkv_runtime.checkpoint import build_model
 from rwkv_runtime.controls import Controls
 from rwkv_runtime.engine import Engine
 from rwkv_runtime.generation import Request
-from rwkv_runtime.model import Model
 from rwkv_runtime.plugins import Plugins
 from rwkv_runtime.runtime import usable
 from rwkv_runtime.sampler import check_params
 from rwkv_runtime.testing import check_backend
 from rwkv_runtime.tokenizer import Tokenizer
 
-pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-    pytest.mark.skipif(interpreted(), reason="Triton's interpreter is on"),
-]
+pytestmark = needs_gpu
 TOKENS = tokens_of(40)
-EXACT = 1e-4
-"""How far, by norm, two ways to compute in float32 may be apart."""
 
 
-@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.fixture(params=DTYPES, ids=str)
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
-
-
-@pytest.fixture
-def poisoned() -> Iterator[None]:
-    """All memory that a kernel is to write begins as NaN: a place left out shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def on_gpu(plugins: Plugins, dtype: torch.dtype, name: str = "rwkv6", layers: int = 2) -> Model:
-    return pair(plugins, dtype, name, layers)[0]
-
-
-def pair(plugins: Plugins, dtype: torch.dtype, name: str = "rwkv6", layers: int = 2) -> tuple[Model, Model]:
-    """A model, and one of the same weights in float32."""
-    architecture = plugins.architectures.get(name)
-    tensors = architecture.random(architecture.sizes(layers, 320, VOCAB_SIZE, 64), dtype=dtype)
-    ours, exact = (build_model(tensors, [architecture], torch.device("cuda"), d) for d in (dtype, torch.float32))
-    return ours, exact
-
-
-def assert_no_further(ours: Tensor, plain: Tensor, exact: Tensor) -> None:
-    """We are about as near to float32 as plain PyTorch is in the same dtype; how rounding adds up is chance: with other
-    weights plain PyTorch was five times as far off as we were."""
-    assert off(ours, exact) <= max(EXACT, 4 * off(plain, exact))
 
 
 def forced(engine: Engine, tokens: Sequence[int], rows: int) -> Tensor:
@@ -167,41 +135,6 @@ def test_what_runs_beside_a_step_of_many_rows_changes_nothing(
     assert torch.equal(alone.logits, beside.logits)
 
 
-@pytest.mark.parametrize("T", [2, 16, 17, 100, 1000])
-@pytest.mark.parametrize("B", [1, 3])
-@pytest.mark.parametrize("name", sorted(FAMILIES))
-@pytest.mark.usefixtures("poisoned")
-def test_prompts_say_what_plain_pytorch_says(plugins: Plugins, name: str, dtype: torch.dtype, B: int, T: int) -> None:
-    model, in_full = pair(plugins, dtype, name)
-    tokens = torch.tensor([tokens_of(T, seed) for seed in range(B)], device="cuda")
-    states = [m.new_state(B) for m in (model, model, in_full)]
-    passes = [Fused().forward(model), Eager().forward(model), Eager().forward(in_full)]
-    assert_no_further(*(run(tokens, state, every=True) for run, state in zip(passes, states, strict=True)))
-    for name in states[0].tensors:
-        assert_no_further(*(state[name] for state in states))
-
-
-@pytest.mark.parametrize("embd", [2048, 2560, 4096])
-@pytest.mark.parametrize("name", sorted(FAMILIES))
-@pytest.mark.usefixtures("poisoned")
-def test_kernels_of_a_prompt_say_the_same_one_by_one(plugins: Plugins, name: str, embd: int) -> None:
-    architecture = plugins.architectures.get(name)
-    tensors = architecture.random(architecture.sizes(3, embd, VOCAB_SIZE, 64), dtype=torch.bfloat16)
-    model = build_model(tensors, [architecture], torch.device("cuda"))
-    tokens = torch.tensor([tokens_of(1000, seed) for seed in range(2)], device="cuda")
-    states, logits = [model.new_state(2), model.new_state(2)], []
-    for on, state in zip((False, True), states, strict=True):
-        forward = Fused(Tuning(overlap=on)).forward(model)
-        logits.append(torch.cat([forward(piece, state) for piece in tokens.split([900, 100], dim=1)]))
-    assert bool(logits[0].isfinite().all())
-    assert torch.equal(*logits)
-    assert all(torch.equal(states[0][part], states[1][part]) for part in states[0].tensors)
-
-
-def in_16_bits(model: Model) -> Model:
-    return replace(model, state_dtype=torch.float16)
-
-
 @pytest.mark.parametrize("rows", [1, 2, 9])
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 @pytest.mark.usefixtures("poisoned")
@@ -218,21 +151,6 @@ def test_captured_steps_with_a_state_in_16_bits(
     assert bool(first.isfinite().all())
     assert_no_further(first, plain, exact)
     assert torch.equal(first, second)
-
-
-@pytest.mark.parametrize("T", [2, 100, 1000])
-@pytest.mark.parametrize("name", sorted(FAMILIES))
-@pytest.mark.usefixtures("poisoned")
-def test_prompts_with_a_state_in_16_bits(plugins: Plugins, name: str, dtype: torch.dtype, T: int) -> None:
-    """Then one token more, which reads what the prompt left."""
-    model, in_full = pair(plugins, dtype, name)
-    tokens = torch.tensor([tokens_of(T + 1, seed) for seed in range(3)], device="cuda")
-    states = [in_16_bits(model).new_state(3), in_16_bits(model).new_state(3), in_full.new_state(3)]
-    passes = [Fused().forward(in_16_bits(model)), Eager().forward(model), Eager().forward(in_full)]
-    for part in tokens.split([T, 1], dim=1):
-        assert_no_further(*(run(part, state, every=True) for run, state in zip(passes, states, strict=True)))
-    for tensor in states[0].tensors:
-        assert_no_further(*(state[tensor] for state in states))
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
@@ -272,24 +190,6 @@ def test_many_requests_come_and_go(plugins: Plugins, tokenizer: Tokenizer) -> No
     assert [generation.tokens for generation in together] == alone
 
 
-@pytest.mark.parametrize("name", sorted(FAMILIES))
-def test_another_length_of_prompt_compiles_nothing(plugins: Plugins, name: str) -> None:
-    from rwkv_backends.kernels import adapters7, batch, ffn, mixing, spans6, spans7, tokens, vector, wkv6, wkv7
-    from triton.runtime.jit import JITFunction
-
-    def count() -> int:
-        modules = adapters7, batch, ffn, mixing, spans6, spans7, tokens, vector, wkv6, wkv7
-        kernels = [k for module in modules for k in vars(module).values()]
-        return sum(len(k.device_caches[0][0]) for k in kernels if isinstance(k, JITFunction))
-
-    model = on_gpu(plugins, torch.bfloat16, name)
-    forward = Fused().forward(model)
-    before = count()
-    for T in (2, 3, 15, 16, 31, 64, 100, 511, 512):
-        forward(torch.tensor([tokens_of(T)], device="cuda"), model.new_state())
-    assert count() == before
-
-
 @pytest.mark.parametrize("early", [False, True])
 def test_what_warms_up_is_what_a_model_needs(plugins: Plugins, early: bool) -> None:
     from rwkv_backends.kernels.settle import settle_kernel
@@ -308,39 +208,6 @@ def test_what_warms_up_is_what_a_model_needs(plugins: Plugins, early: bool) -> N
     warm = len(settle_kernel.device_caches[0][0])
     backend.forward(model)
     assert warm == len(settle_kernel.device_caches[0][0]) == 2
-
-
-@pytest.mark.parametrize("name", sorted(FAMILIES))
-def test_a_whole_chunk_is_one_graph_and_says_what_its_kernels_say(plugins: Plugins, name: str) -> None:
-    model = on_gpu(plugins, torch.bfloat16, name)
-    forward = Fused().forward(model)
-    assert isinstance(forward, CapturedPrompts)
-    sizes = [*forward.whole, *forward.whole, 3]
-    tokens = torch.tensor([tokens_of(sum(sizes))], device="cuda")
-    states = [model.new_state(), model.new_state()]
-    for piece in tokens.split(sizes, dim=1):
-        assert torch.equal(forward(piece, states[0]), forward.forward(piece, states[1]))
-    assert sorted(forward._chunks) == sorted((length, False) for length in forward.whole)
-    assert all(torch.equal(states[0][tensor], states[1][tensor]) for tensor in states[0].tensors)
-
-
-@pytest.mark.parametrize("name", sorted(FAMILIES))
-def test_a_prompt_that_is_filled_up_says_the_same_before_and_after_its_size_is_captured(
-    plugins: Plugins, name: str
-) -> None:
-    model, in_full = pair(plugins, torch.bfloat16, name)
-    forward, exact = Fused(Tuning(padded=1 << 40)).forward(model), Eager().forward(in_full)
-    assert isinstance(forward, CapturedPrompts)
-    for captured, length in enumerate((2, 33, 600)):
-        tokens = torch.tensor([tokens_of(length)], device="cuda")
-        states = [model.new_state() for _ in range(4)]
-        first, second, third = (forward(tokens, state) for state in states[:3])
-        assert len(forward._chunks) == captured + 1
-        assert torch.equal(first, second)
-        assert torch.equal(first, third)
-        assert all(torch.equal(states[0][tensor], states[2][tensor]) for tensor in states[0].tensors)
-        plain = forward.forward(tokens, states[3])
-        assert_no_further(first[:, PRESENT], plain[:, PRESENT], exact(tokens, in_full.new_state())[:, PRESENT])
 
 
 class Waits(Nucleus):

@@ -67,17 +67,22 @@ def engine(plugins) -> Engine:
     return engine_of(plugins)
 
 
+def assert_satisfies(text, schema):
+    """jsonschema raises where it does not."""
+    jsonschema.validate(json.loads(text), schema)
+
+
 @pytest.mark.parametrize("schema", SCHEMAS, ids=range(len(SCHEMAS)))
 def test_what_is_written_satisfies_the_schema(engine, schema):
     jsonschema.Draft202012Validator.check_schema(schema)
     for text in texts(engine, *(ask(json_schema=json.dumps(schema), seed=seed) for seed in range(6))):
-        jsonschema.validate(json.loads(text), schema)
+        assert_satisfies(text, schema)
 
 
 def test_any_sampler_may_follow_or_none(plugins):
     for sampler in ("structured", "structured,greedy"):
         (text,) = texts(engine_of(plugins, sampler, 1), ask(json_schema=PERSON))
-        jsonschema.validate(json.loads(text), PERSON)
+        assert_satisfies(text, PERSON)
 
 
 names = st.text('abé /"\\', max_size=3)
@@ -108,7 +113,7 @@ def grown(inner):
 @given(st.recursive(leaves, grown, max_leaves=5), st.integers(0, 99))
 def test_any_small_schema_is_satisfied(engine, schema, seed):
     (text,) = texts(engine, ask(2000, seed, json_schema=json.dumps(schema)))
-    jsonschema.validate(json.loads(text), schema)
+    assert_satisfies(text, schema)
 
 
 @pytest.mark.parametrize(

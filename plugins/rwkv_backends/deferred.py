@@ -34,10 +34,10 @@ class Deferred(NamedTuple):
 class DeferredState(State):
     """RWKV-6's state, the updates of the last few tokens, which have not been made to it, and what it is rounded to.
 
-    That is so of a model in bfloat16: float16 has not the range of a state in float32.
-
     A step first makes the updates of rows that have no room for another, then reads what that left, rounded as the
-    model's other numbers are, with the updates since. When a row's are made hangs on how long it has been there alone.
+    model's other numbers are, with the updates since. When a row's are made depends only on how long it has been there.
+
+    A model in float16, which has not the range of a state in float32, reads it as it is kept.
     """
 
     own = frozenset((FILLED, SLOT, *WAITING, ROUNDED))
@@ -71,7 +71,7 @@ class DeferredState(State):
     def settle(self) -> None:
         """Makes all updates; the rows are as if they had just come."""
         for i, kv in enumerate(self["att_kv"]):
-            self.keep("att_kv", i, updated(kv, self.layer(i)))
+            self.keep("att_kv", i, _updated(kv, self.layer(i)))
         for name in (FILLED, *WAITING):
             self[name].zero_()
 
@@ -81,7 +81,7 @@ class DeferredState(State):
         return one.plain
 
 
-def updated(kv: Tensor, deferred: Deferred) -> Tensor:
+def _updated(kv: Tensor, deferred: Deferred) -> Tensor:
     """kv [B, H, K, V], as kept -> float32, with all updates."""
     B, H, K, V = kv.shape
     filled, _, k, v, w, _ = deferred
