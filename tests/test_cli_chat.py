@@ -163,6 +163,10 @@ def test_at_a_terminal_ctrl_c_discards_the_line_or_ends_the_answer(tiny: Path) -
 
         return check
 
+    def answers() -> bool:
+        shows(b"", 0)()
+        return len(shown.partition(b"hello\r\n")[2].strip()) > 20
+
     with at_a_terminal(tiny, "--chat", *ENDLESS) as (process, ours):
         wait_for(shows(b"User: ", 1), process)
         os.write(ours, b"half a li")
@@ -172,7 +176,7 @@ def test_at_a_terminal_ctrl_c_discards_the_line_or_ends_the_answer(tiny: Path) -
         wait_for(shows(b"/reset or /clear", 2), process)
         os.write(ours, b"hello\n")
         wait_for(shows(b"hello\r\n", 1), process)
-        time.sleep(0.2)
+        wait_for(answers, process)  # before that, Ctrl-C discards the line
         process.send_signal(signal.SIGINT)
         wait_for(shows(b"ended by cancelled", 1), process)
         wait_for(shows(b"User: ", 3), process)
