@@ -158,7 +158,9 @@ def figure(r: Record) -> str:
     if case == "start":
         steps = {name: r[f"warm_{name}"] for name in ("imports", "reading") if f"warm_{name}" in r}
         steps["the rest"] = r["warm_first_token"] - sum(steps.values())
-        text = f"{r['ms_p50'] / 1e3:.1f} ({', '.join(f'{name} {seconds:.1f}' for name, seconds in steps.items())})"
+        alone = {"imports": f" (torch alone {r['torch_alone']:.1f})"} if "torch_alone" in r else {}
+        parts = ", ".join(f"{name} {seconds:.1f}{alone.get(name, '')}" for name, seconds in steps.items())
+        text = f"{r['ms_p50'] / 1e3:.1f} ({parts})"
         cold = f"; {r['cold_first_token']:.1f} with empty caches" if "cold_first_token" in r else ""
         return f"{text}, {r['peak_gb']:.1f} GB{cold}"
     if case == "overhead":

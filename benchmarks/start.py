@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 PROMPT = list(range(100, 132))
+TORCH_ALONE = "import time; begin = time.perf_counter(); import torch; print(time.perf_counter() - begin)"
+"""What every program here waits for, for a fresh process with nothing else to do."""
 
 
 class Start(NamedTuple):
@@ -63,16 +65,16 @@ def read(path: Path, device: str) -> float:
 def start_ours(path: Path, backend: str, dtype: str, device: str) -> list[float]:
     """Readings of the clock: after the imports, the load, the preparation and the first token."""
     import rwkv_runtime
-    from rwkv_runtime import driver
+    from rwkv_runtime import collector, driver
 
     driver.begin(device)  # as rwkv-run does
-    rwkv_runtime.load  # noqa: B018  (imports torch)
-    times = [time.perf_counter()]
-    model = rwkv_runtime.load(path, backend=backend, dtype=dtype, device=device)
-    times.append(time.perf_counter())
-    model.engine("nucleus")
-    times.append(time.perf_counter())
-    engine = model.engine("nucleus")
+    with collector.lasting():
+        rwkv_runtime.load  # noqa: B018  (imports torch)
+        times = [time.perf_counter()]
+        model = rwkv_runtime.load(path, backend=backend, dtype=dtype, device=device)
+        times.append(time.perf_counter())
+        engine = model.engine("nucleus")
+        times.append(time.perf_counter())
     generation = engine.submit(model.request(PROMPT, max_tokens=1, seed=1))
     for _ in engine.stream(generation):
         pass

@@ -16,7 +16,7 @@ from benchmarks.arena import Arena, Lineup
 from benchmarks.checkpoints import Checkpoint
 from benchmarks.package import PACKAGE, SWITCHES, Package, why_no_package
 from benchmarks.room import Unavailable, require
-from benchmarks.start import Start, environment
+from benchmarks.start import TORCH_ALONE, Start, environment
 from benchmarks.test_forward import of_model
 from benchmarks.timing import Timing, race, record
 from rwkv_runtime.checkpoint import build_model, open_tensors
@@ -60,14 +60,16 @@ def test_start(benchmark: BenchmarkFixture, arena: Arena, lineup: Lineup, tmp_pa
     # The compiler's cache is empty at first, later it is not; the package has none.
     cold = None if program == PACKAGE or arena.settings.smoke else start(checkpoint, arena, program, tmp_path)
     warm: list[Start] = []
+    rounds = arena.settings.rounds(3)
 
     def again() -> None:
         warm.append(start(checkpoint, arena, program, tmp_path))
 
-    benchmark.pedantic(again, rounds=arena.settings.rounds(3))
+    benchmark.pedantic(again, rounds=rounds)
     best = min(warm, key=lambda s: s.first_token)
     timing = Timing(best.first_token, max(s.first_token for s in warm), None)
     figures: dict[str, float] = {f"warm_{name}": value for name, value in best._asdict().items() if name != "peak_gb"}
+    figures["torch_alone"] = min(float(last_line(["-c", TORCH_ALONE], tmp_path, {})) for _ in range(rounds))
     if cold:
         figures |= {"cold_first_token": cold.first_token, "cold_prepare": cold.prepare}
     record(benchmark, arena, "start", program, timing, **model, **figures, peak_gb=best.peak_gb)
@@ -75,11 +77,17 @@ def test_start(benchmark: BenchmarkFixture, arena: Arena, lineup: Lineup, tmp_pa
 
 def start(checkpoint: Checkpoint, arena: Arena, program: str, cache: Path) -> Start:
     """The package starts without its CUDA kernels: its build of them would be timed with it."""
-    command = [sys.executable, "-m", "benchmarks.start", str(checkpoint.pth), program, checkpoint.dtype]
-    command.append(str(arena.settings.device))
-    variables = environment(cache) | SWITCHES.get(checkpoint.architecture.name, {})
-    variables |= {"RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = ["-m", "benchmarks.start", str(checkpoint.pth), program, checkpoint.dtype, str(arena.settings.device)]
+    variables = SWITCHES.get(checkpoint.architecture.name, {}) | {"RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0"}
+    return Start(**json.loads(last_line(command, cache, variables)))
+
+
+def last_line(command: list[str], cache: Path, variables: dict[str, str]) -> str:
+    """What a fresh Python says at its end."""
+    variables = environment(cache) | {"OMP_NUM_THREADS": str(torch.get_num_threads())} | variables
     root = Path(__file__).parent.parent
-    done = subprocess.run(command, cwd=root, env=variables, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, *command], cwd=root, env=variables, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
-    return Start(**json.loads(done.stdout.splitlines()[-1]))
+    return done.stdout.splitlines()[-1]

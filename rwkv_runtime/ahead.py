@@ -13,12 +13,14 @@ THREADS = 4
 """What a copy takes is mostly the host's: pages of the file that are found, and copied to where the device reads."""
 LEAST = 1 << 20
 """Bytes from which on a tensor is worth a thread."""
+PIECE = 8 << 20
+"""Bytes that are copied to memory where the device reads by itself, and from there to the device while the next are."""
 
 
 class Ahead:
     """Copies large tensors to a device in threads, in their order, from `with` on; each is to be taken once.
 
-    A copy is one call that does not hold the interpreter. Those that wait to be taken are all there is in memory twice.
+    What takes long of a copy does not hold the interpreter. What waits to be taken is all there is in memory twice.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
@@ -38,6 +40,8 @@ class Ahead:
     ) -> None:
         self._pool.shutdown(cancel_futures=True)
         self._copies.clear()
+        if self._stream is not None:
+            self._stream.synchronize()  # the copies may be used in any stream from here on
 
     def take(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor of that name on the device; `tensor` as it is where no copy has begun, or where it is another, a
@@ -50,4 +54,10 @@ class Ahead:
 
     def _copy(self, tensor: Tensor) -> Tensor:
         with torch.cuda.stream(self._stream):  # memory is reused in the order of the stream that it is used on
-            return tensor.to(self.device)
+            if not (self._stream and tensor.is_contiguous()):
+                return tensor.to(self.device)
+            copy = torch.empty_like(tensor, device=self.device)
+            here, there, numbers = tensor.view(-1), copy.view(-1), PIECE // tensor.element_size()
+            for i in range(0, len(here), numbers):
+                there[i : i + numbers].copy_(here[i : i + numbers].pin_memory(), non_blocking=True)
+            return copy

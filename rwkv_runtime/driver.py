@@ -1,8 +1,9 @@
-"""A GPU's driver begins in a thread while Python imports torch, which takes longer and needs it only afterwards."""
+"""What a GPU needs begins in a thread while Python imports torch, which takes longer and needs it only afterwards."""
 
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import re
 import sys
@@ -13,10 +14,14 @@ from typing import NoReturn
 
 LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 NAME = "driver"
+TURN = 0.0002
+"""Seconds that Python's threads have in turn while that one hashes: it asks 800 times, each time waiting for a turn to
+end, which is 0.005 s otherwise."""
 
 
 def begin(device: str | None = None) -> threading.Thread | None:
-    """Has the driver make the context that torch will use on `device` ("cuda", "cuda:N"; None is "cuda").
+    """Has the driver make the context that torch will use on `device` ("cuda", "cuda:N"; None is "cuda"), then Triton
+    hash itself.
 
     The thread that does so, or None where the device is another or torch is one without CUDA. What fails there fails in
     torch, too, and is told by it: a machine without the driver is one without a GPU.
@@ -25,9 +30,24 @@ def begin(device: str | None = None) -> threading.Thread | None:
     if not chosen or not _torch_has_cuda():
         return None
     os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")  # torch's own choice, which the driver reads as it begins
-    thread = threading.Thread(target=_make_context, args=(int(chosen[1] or 0),), name=NAME, daemon=True)
+    thread = threading.Thread(target=_begin, args=(int(chosen[1] or 0),), name=NAME, daemon=True)
     thread.start()
     return thread
+
+
+def hash_triton() -> None:
+    """Has Triton hash itself, 400 MB, as it would before it loads its first kernel; once, for it is kept.
+
+    Waits for the thread that may be at it. A Triton that has it elsewhere does it then.
+    """
+    for thread in threading.enumerate():
+        if thread.name == NAME and thread is not threading.current_thread():
+            thread.join()
+    from triton.runtime import cache
+
+    key = getattr(cache, "triton_key", None)
+    if key is not None:
+        key()
 
 
 def leave(status: int) -> NoReturn:
@@ -44,6 +64,19 @@ def _torch_has_cuda() -> bool:
     """Without importing it."""
     torch = find_spec("torch")
     return bool(torch and torch.origin and any((Path(torch.origin).parent / "lib").glob("*torch_cuda.*")))
+
+
+def _begin(index: int) -> None:
+    if not _make_context(index) or find_spec("triton") is None:
+        return
+    turn = sys.getswitchinterval()
+    sys.setswitchinterval(TURN)
+    try:
+        hash_triton()
+    except Exception as error:  # a broken Triton, which a backend will name that needs it
+        logging.getLogger("rwkv_runtime").debug(f"Triton cannot begin: {error}")
+    finally:
+        sys.setswitchinterval(turn)
 
 
 def _make_context(index: int) -> bool:

@@ -23,7 +23,8 @@ def parse_device(name: str | None) -> torch.device:
         raise OptionError(f"there is no device {name!r}; there are cpu, cuda and cuda:N") from None
     if device.type not in ("cpu", "cuda"):
         raise OptionError(f"device {name!r} is not supported; there are cpu, cuda and cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    first = device.index in (None, 0) and torch.cuda.is_available()  # which is told sooner than how many there are
+    if device.type == "cuda" and not first and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise OptionError(f"device {name!r} is not here: torch sees {count or 'no'} CUDA device{'s' * (count != 1)}")
     return device

@@ -138,6 +138,18 @@ def test_on_a_gpu_they_come_in_the_order_of_the_caller_s_stream() -> None:
 
 
 @needs_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_on_a_gpu_they_come_in_pieces(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last piece is shorter; what does not lie as it is read comes whole."""
+    monkeypatch.setattr(ahead, "PIECE", 1 << 18)
+    lying = torch.randn(1000, 777).to(dtype)
+    tensors = {"lying": lying, "turned": lying.t(), "every other": torch.randn(1 << 20).to(dtype)[::2]}
+    with Ahead(tensors, torch.device("cuda")) as weights:
+        taken = {name: weights.take(name, tensor) for name, tensor in tensors.items()}
+    assert all(taken[name].is_cuda and torch.equal(taken[name].cpu(), tensors[name]) for name in tensors)
+
+
+@needs_cuda
 def test_a_large_model_on_a_gpu_is_that_of_the_cpu(architecture: Architecture, tmp_path: Path) -> None:
     torch.save(architecture.random(architecture.sizes(2, 1024, 65536)), tmp_path / "model.pth")
     ours, theirs = (rwkv_runtime.load(tmp_path / "model.pth", device=d, backend="eager") for d in ("cuda", "cpu"))

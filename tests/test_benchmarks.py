@@ -68,7 +68,8 @@ RESULTS = [
     prefill("eager", tokens_per_second=999.6, matmul_share=0.4),
     result("tokenizer load", "rwkv-runtime", ms_p50=85.4, ratio_to_package=25.0),
     result("start", "compile", size="0.1b", ms_p50=3100.0, peak_gb=1.24, warm_imports=0.5, warm_reading=0.2)
-    | {"cold_first_token": 31.7, "warm_first_token": 3.1, "architecture": "rwkv6", "dtype": "bfloat16"},
+    | {"cold_first_token": 31.7, "warm_first_token": 3.1, "architecture": "rwkv6", "dtype": "bfloat16"}
+    | {"torch_alone": 0.42},
     result("overhead", "eager", share_outside=0.04, profile=[["engine.py:1 step", 1.0, 12.5]], host_us=77.7),
     result("growth", "eager", growth=1.01, grown_mb=0.5, written=10_000, context=10_000),
 ]
@@ -101,7 +102,7 @@ def test_report_sets_ours_beside_the_package(saved: Path, tmp_path: Path) -> Non
     assert "| rwkv6 0.1b bfloat16 batch 8 cpu | 3,200 (10.40x, 125% of the limit, p99 30.0 ms) |  |" in text
     assert "| rwkv6 0.1b bfloat16 prompts 1 length 128 cpu | 1,000 (40% of the limit) |" in text
     assert "| cpu | 85 ms (25.00x) |" in text
-    assert "| 3.1 (imports 0.5, reading 0.2, the rest 2.4), 1.2 GB; 31.7 with empty caches |" in text
+    assert "| 3.1 (imports 0.5 (torch alone 0.4), reading 0.2, the rest 2.4), 1.2 GB; 31.7 with empty caches |" in text
     assert "| cpu | 4.0% of 20.00 ms; the host's own 78 us a token |" in text
     assert "| context 10000 cpu | 1.01x; +0.5 MB while 10,000 more were written |" in text
     assert "| `engine.py:1 step` | 1.0 | 12.5 |" in text

@@ -6,7 +6,9 @@ import ctypes
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -38,7 +40,72 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Library:
     library = Library()
     monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
     monkeypatch.setattr(driver, "_torch_has_cuda", lambda: True)
+    monkeypatch.setattr(driver, "find_spec", lambda name: None)
     return library
+
+
+class Triton:
+    """What of Triton is asked, as modules that are imported."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, library: Library) -> None:
+        self.library, self.hashed = library, list[tuple[int, float]]()
+        cache = SimpleNamespace(triton_key=self.key)
+        modules = {"triton": SimpleNamespace(), "triton.runtime": SimpleNamespace(cache=cache)}
+        for name, module in modules.items():
+            monkeypatch.setitem(sys.modules, name, module)
+        monkeypatch.setattr(driver, "find_spec", modules.get)
+
+    def key(self) -> str:
+        """Notes how much of the driver there was, and how long threads have in turn."""
+        self.hashed.append((len(self.library.asked), round(sys.getswitchinterval(), 6)))
+        return "hash"
+
+
+@pytest.fixture
+def triton(monkeypatch: pytest.MonkeyPatch, library: Library) -> Triton:
+    return Triton(monkeypatch, library)
+
+
+def test_triton_hashes_itself_when_there_is_a_context(triton: Triton) -> None:
+    """In short turns, for as long as it does so."""
+    before = sys.getswitchinterval()
+    thread = driver.begin()
+    assert thread is not None
+    thread.join()
+    assert triton.hashed == [(3, driver.TURN)]
+    assert sys.getswitchinterval() == before
+
+
+def test_triton_is_left_alone_where_there_is_no_gpu(triton: Triton) -> None:
+    triton.library.refused = "cuInit"
+    thread = driver.begin()
+    assert thread is not None
+    thread.join()
+    assert triton.hashed == []
+
+
+def test_a_triton_that_is_broken_is_not_told_here(triton: Triton, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend that needs it says so; a thread's exception would be shown, and turns would stay short."""
+    monkeypatch.setitem(sys.modules, "triton.runtime", None)
+    before, shown = sys.getswitchinterval(), list[object]()
+    monkeypatch.setattr(threading, "excepthook", shown.append)
+    thread = driver.begin()
+    assert thread is not None
+    thread.join()
+    assert (shown, sys.getswitchinterval()) == ([], before)
+
+
+def test_who_needs_the_hash_waits_for_the_thread_that_is_at_it(triton: Triton) -> None:
+    go_on = threading.Event()
+    thread = threading.Thread(target=go_on.wait, name=driver.NAME, daemon=True)
+    thread.start()
+    needs = threading.Thread(target=driver.hash_triton)
+    needs.start()
+    needs.join(0.05)
+    assert (needs.is_alive(), triton.hashed) == (True, [])
+    go_on.set()
+    needs.join()
+    assert len(triton.hashed) == 1
 
 
 @pytest.mark.parametrize(("device", "index"), [(None, 0), ("cuda", 0), ("cuda:3", 3)])

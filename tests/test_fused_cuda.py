@@ -190,17 +190,13 @@ def test_many_requests_come_and_go(plugins: Plugins, tokenizer: Tokenizer) -> No
     assert [generation.tokens for generation in together] == alone
 
 
-@pytest.mark.parametrize("early", [False, True])
-def test_what_warms_up_is_what_a_model_needs(plugins: Plugins, early: bool) -> None:
+def test_what_warms_up_is_what_a_model_needs(plugins: Plugins) -> None:
     from rwkv_backends.kernels.settle import settle_kernel
 
     # Triton has variants for strides, that of the logits included, that are multiples of 16: all real vocabularies are.
     architecture = plugins.architectures.get("rwkv6")
     tensors = architecture.random(architecture.sizes(2, 320, 256, 64), dtype=torch.bfloat16)
-    backend, model = (
-        Fused(Tuning(early=early)),
-        build_model(tensors, [architecture], torch.device("cuda"), torch.bfloat16),
-    )
+    backend, model = Fused(), build_model(tensors, [architecture], torch.device("cuda"), torch.bfloat16)
     settle_kernel.device_caches.clear()
     device = torch.device("cuda", 0)
     blank = blank_model(tensors, architecture, model.config, device, torch.bfloat16, torch.float32)

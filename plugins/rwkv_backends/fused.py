@@ -30,6 +30,7 @@ from rwkv_runtime import (
     chunk_size,
     hookimpl,
 )
+from rwkv_runtime.driver import hash_triton
 
 FAMILIES = {name: f"rwkv_backends.kernels.{name}" for name in ("rwkv6", "rwkv7")}
 """The modules that have `forward(model, tuning)` for the architecture of that name."""
@@ -77,18 +78,14 @@ class Fused(Backend):
         return None
 
     def warm_up(self, architecture: Architecture, device: torch.device, blank: Callable[[], Model]) -> None:
-        """Triton hashes itself, 400 MB, before it loads its first kernel; meanwhile kernels are imported, and cuBLAS
-        begins and loads what it multiplies 16 bits with. Then kernels are loaded, one after another."""
+        """Triton and cuBLAS begin while kernels are imported. Then these are loaded, one after another."""
         if device.type == "cuda" and architecture.name in FAMILIES:
-            with ThreadPoolExecutor(1) as beside:
-                beside.submit(_hash_triton)
+            with ThreadPoolExecutor(2) as beside:
+                beside.submit(_begin_triton)
+                beside.submit(_begin_cublas, device)
                 import_module(FAMILIES[architecture.name])
-                square = torch.zeros(1, 1024, 1024, dtype=torch.bfloat16, device=device)
-                logits = torch.bmm(square, square)[0].addmm_(square[0], square[0])
-            if self.tuning.early:
-                self._begin(blank())
-            else:
-                self._settle(logits.float())
+                model = blank()
+            self._begin(model)
 
     def forward(self, model: Model) -> Forward:
         forward = self._family(model)
@@ -179,13 +176,18 @@ def free_bytes(device: torch.device) -> int:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def _hash_triton() -> None:
-    """What Triton's first kernel would do, which is kept. A Triton that has it elsewhere does it then."""
-    from triton.runtime import cache
+def _begin_triton() -> None:
+    """What it does before its first kernel, and keeps."""
+    from triton.runtime import driver
 
-    key = getattr(cache, "triton_key", None)
-    if key is not None:
-        key()
+    hash_triton()
+    _ = driver.active
+
+
+def _begin_cublas(device: torch.device) -> None:
+    """It loads what it multiplies 16 bits with at the first product of a kind."""
+    square = torch.zeros(1, 1024, 1024, dtype=torch.bfloat16, device=device)
+    torch.bmm(square, square)[0].addmm_(square[0], square[0])
 
 
 def overlaps(device: torch.device) -> bool:

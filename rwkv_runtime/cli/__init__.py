@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from rwkv_runtime import __version__, driver
+from rwkv_runtime import __version__, collector, driver
 from rwkv_runtime.cli.command import OneLineCommand, nothing_to_lose
 from rwkv_runtime.cli.formats import FORMATS
 from rwkv_runtime.cli.options import (
@@ -96,7 +96,7 @@ def command(ctx: click.Context, /, **options: Any) -> None:
         click.echo(f"warning: {warning}", err=True)
     if not options["table"]:
         driver.begin(options["device"])
-    with nothing_to_lose():
+    with nothing_to_lose(), collector.lasting():
         from rwkv_runtime.cli.run import run  # torch is loaded here
 
     run(options | {"params": sampler_params(ctx), "typed": typed(ctx), "typed_params": typed_params(ctx)})

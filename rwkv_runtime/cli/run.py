@@ -11,6 +11,7 @@ from typing import Any
 import click
 import torch
 
+from rwkv_runtime import collector
 from rwkv_runtime.cli.checks import check, read_prompt
 from rwkv_runtime.cli.command import INTERRUPTED, WrongUsage, echo_json, nothing_to_lose
 from rwkv_runtime.cli.elsewhere import of_use
@@ -95,6 +96,7 @@ class Session:
 
     @classmethod
     @nothing_to_lose()
+    @collector.lasting()
     def open(cls, options: Mapping[str, Any], plugins: Plugins, rows: int = 1) -> Session:
         if options["threads"]:
             torch.set_num_threads(options["threads"])

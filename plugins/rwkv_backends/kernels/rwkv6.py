@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from rwkv_layers.linear import Matrix, linear
 from rwkv_layers.rwkv6 import RESCALE_EVERY, Block, Weights
 from torch import Tensor
@@ -14,7 +13,7 @@ from rwkv_backends.deferred import DeferredState
 from rwkv_backends.kernels import batch6, deferred6, mixing, prompt6, skinny6, vector, wkv6
 from rwkv_backends.kernels.beside import Beside
 from rwkv_backends.kernels.ffn import channel_mixing
-from rwkv_backends.kernels.tokens import last_of
+from rwkv_backends.kernels.tokens import last_normed
 from rwkv_backends.kernels.tuning import Tuning
 from rwkv_backends.kernels.widen import Widened
 from rwkv_backends.prompts import Padded
@@ -55,8 +54,7 @@ def forward(model: Model, tuning: Tuning) -> Padded:
                 if isinstance(state, DeferredState):
                     state.settle()
                 x = prompt6.read(x, state, blocks, tuning, length).view(B, T, -1)
-                x = x if every else last_of(x, length)
-                return linear(F.layer_norm(x, x.shape[-1:], *weights.ln_out), weights.head)
+                return linear(last_normed(x, weights.ln_out, every, length, tuning), weights.head)
             if isinstance(state, DeferredState):
                 deferred6.merge(state, tuning)
             if tuning.vector_rows >= B:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from rwkv_layers.linear import Matrix, linear
 from rwkv_layers.rwkv7 import TimeMixing, Weights
 from torch import Tensor
@@ -12,7 +11,7 @@ from rwkv_backends.kernels import adapters7, batch7, mixing, prompt7, vector, ve
 from rwkv_backends.kernels.batch7 import Layer
 from rwkv_backends.kernels.beside import Beside
 from rwkv_backends.kernels.ffn import channel_mixing
-from rwkv_backends.kernels.tokens import last_of
+from rwkv_backends.kernels.tokens import last_normed
 from rwkv_backends.kernels.tuning import Tuning
 from rwkv_backends.kernels.widen import Widened
 from rwkv_backends.kernels.wkv7 import Heads
@@ -55,8 +54,7 @@ def forward(model: Model, tuning: Tuning) -> Padded:
             x = mixing.embed(tokens.flatten().contiguous(), weights.emb, weights.ln0, tuning)
             if T > 1:
                 x = prompt7.read(x, state, layers, Beside(second), tuning, length).view(B, T, -1)
-                x = x if every else last_of(x, length)
-                return linear(F.layer_norm(x, x.shape[-1:], *weights.ln_out), weights.head)
+                return linear(last_normed(x, weights.ln_out, every, length, tuning), weights.head)
             if tuning.vector_rows >= B:
                 _few(x, state, layers, tuning)
                 logits = vector.head(x, weights.ln_out, weights.head, tuning)

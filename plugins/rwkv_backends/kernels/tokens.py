@@ -11,12 +11,13 @@ M = B T rows; row m is token m % T of sequence m // T. Annotations are real type
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from rwkv_backends.kernels.device import let_next_begin, load_vector, sigmoid, store, tokens_there, wait_for_earlier
-from rwkv_backends.kernels.mixing import across
+from rwkv_backends.kernels.mixing import across, embed
 from rwkv_backends.kernels.tuning import Tuning
 
 REGISTERS = 80
@@ -174,6 +175,8 @@ def _start(
     )  # fmt: skip
 
 
-def last_of(x: Tensor, length: Tensor | None) -> Tensor:
-    """x [B, T, C] -> the last token of each sequence [B, C]. `length`: see `Padded`."""
-    return x[:, -1] if length is None else x.index_select(1, length - 1)[:, 0]
+def last_normed(x: Tensor, norm: tuple[Tensor, Tensor], every: bool, length: Tensor | None, tuning: Tuning) -> Tensor:
+    """x [B, T, C] -> LN of the last token of each sequence [B, C], or of `every` one. `length`: see `Padded`."""
+    if length is not None:
+        return embed(length - 1, x[0], norm, tuning)
+    return F.layer_norm(x if every else x[:, -1], x.shape[-1:], *norm)

@@ -60,8 +60,6 @@ class Tuning:
     are one product; blocks are halved until it is so. At 0 each size of block has a product."""
     carry_ahead: int = 16
     """RWKV-6: spans whose states a program asks for at once as it carries the state through a prompt."""
-    early: bool = False
-    """Whether kernels of prompts are loaded while weights are read, by a model of zeros (`rwkv_runtime/blank.py`)."""
     padded: int = 97_000_000_000
     """Multiplications of a layer's products up to which a prompt is filled up to a size that has a graph: as many as a
     GPU makes while Python starts the layer's kernels."""
