@@ -20,8 +20,8 @@ end, which is 0.005 s otherwise."""
 
 
 def begin(device: str | None = None) -> threading.Thread | None:
-    """Has the driver make the context that torch will use on `device` ("cuda", "cuda:N"; None is "cuda"), then Triton
-    hash itself.
+    """Has the driver make the context that torch will use on `device` ("cuda", "cuda:N"; None is "cuda"). Then Triton
+    hashes itself, 400 MB, as it would before it loads its first kernel, and keeps that.
 
     The thread that does so, or None where the device is another or torch is one without CUDA. What fails there fails in
     torch, too, and is told by it: a machine without the driver is one without a GPU.
@@ -35,19 +35,11 @@ def begin(device: str | None = None) -> threading.Thread | None:
     return thread
 
 
-def hash_triton() -> None:
-    """Has Triton hash itself, 400 MB, as it would before it loads its first kernel; once, for it is kept.
-
-    Waits for the thread that may be at it. A Triton that has it elsewhere does it then.
-    """
+def wait() -> None:
+    """Until what was begun is done."""
     for thread in threading.enumerate():
-        if thread.name == NAME and thread is not threading.current_thread():
+        if thread.name == NAME:
             thread.join()
-    from triton.runtime import cache
-
-    key = getattr(cache, "triton_key", None)
-    if key is not None:
-        key()
 
 
 def leave(status: int) -> NoReturn:
@@ -72,8 +64,10 @@ def _begin(index: int) -> None:
     turn = sys.getswitchinterval()
     sys.setswitchinterval(TURN)
     try:
-        hash_triton()
-    except Exception as error:  # a broken Triton, which a backend will name that needs it
+        from triton.runtime import cache
+
+        cache.triton_key()
+    except Exception as error:  # a broken one, of which a backend will tell that needs it, or another version
         logging.getLogger("rwkv_runtime").debug(f"Triton cannot begin: {error}")
     finally:
         sys.setswitchinterval(turn)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_runtime import collector
+from rwkv_runtime import collector, driver
 from rwkv_runtime.backend import Backend, as_chunk, chunk_size
 from rwkv_runtime.blank import blank_model
 from rwkv_runtime.checkpoint import Progress, build_model, check_sha256, open_tensors, own_dtype, recognise
@@ -90,6 +90,7 @@ def _warm_up(
     candidates: Sequence[Backend], architecture: Architecture, device: torch.device, blank: Callable[[], Model]
 ) -> None:
     """Warms up the first that is usable on this machine. What fails here fails in its `forward`, too, and is told."""
+    driver.wait()
     if backend := next((b for b in candidates if why_not(b, None) is None), None):
         backend.warm_up(architecture, device, blank)
 

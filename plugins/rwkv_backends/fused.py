@@ -30,7 +30,6 @@ from rwkv_runtime import (
     chunk_size,
     hookimpl,
 )
-from rwkv_runtime.driver import hash_triton
 
 FAMILIES = {name: f"rwkv_backends.kernels.{name}" for name in ("rwkv6", "rwkv7")}
 """The modules that have `forward(model, tuning)` for the architecture of that name."""
@@ -177,10 +176,13 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _begin_triton() -> None:
-    """What it does before its first kernel, and keeps."""
-    from triton.runtime import driver
+    """What it does before its first kernel, and keeps: a hash of its 400 MB, which a Triton that has it elsewhere makes
+    then, and a driver."""
+    from triton.runtime import cache, driver
 
-    hash_triton()
+    key = getattr(cache, "triton_key", None)
+    if key is not None:
+        key()
     _ = driver.active
 
 
