@@ -9,6 +9,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from rwkv_runtime.mapped import Mapped
+
 THREADS = 4
 """What a copy takes is mostly the host's: pages of the file that are found, and copied to where the device reads."""
 LEAST = 1 << 20
@@ -20,7 +22,8 @@ PIECE = 8 << 20
 class Ahead:
     """Copies large tensors to a device in threads, in their order, from `with` on; each is to be taken once.
 
-    What takes long of a copy does not hold the interpreter. What waits to be taken is all there is in memory twice.
+    What takes long of a copy does not hold the interpreter. What waits to be taken is all there is in memory twice,
+    and a file's tensors are given back when they are copied.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
@@ -48,7 +51,9 @@ class Ahead:
         product of it, say."""
         copy, own = self._copies.pop(name, None), self.tensors.get(name)
         if copy is None or copy.cancel() or own is None:
-            return tensor
+            if own is None or self._stream is None:
+                return tensor
+            return tensor.pin_memory().to(self.device, non_blocking=True)  # after the copies, which nobody waits for
         itself = own.data_ptr() == tensor.data_ptr() and own.numel() == tensor.numel()
         return copy.result().view(tensor.shape) if itself else tensor
 
@@ -60,4 +65,6 @@ class Ahead:
             here, there, numbers = tensor.view(-1), copy.view(-1), PIECE // tensor.element_size()
             for i in range(0, len(here), numbers):
                 there[i : i + numbers].copy_(here[i : i + numbers].pin_memory(), non_blocking=True)
+            if isinstance(self.tensors, Mapped):
+                self.tensors.give_back(tensor)
             return copy

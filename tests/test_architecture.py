@@ -20,8 +20,8 @@ CORE = ROOT / "rwkv_runtime"
 PLUGINS = ROOT / "plugins"
 BUILT_IN = {folder.name for folder in PLUGINS.iterdir() if (folder / "__init__.py").exists()}
 LEVELS = (
-    {"ahead", "collector", "driver", "errors", "hooks"},
-    {"memory", "noise", "state", "text", "tokenizer"},
+    {"collector", "driver", "errors", "hooks", "mapped"},
+    {"ahead", "memory", "noise", "state", "text", "tokenizer"},
     {"controls", "model", "vocabulary"},
     {"backend", "blank", "checkpoint", "sampler"},
     {"embedded", "observation", "plugins", "snapshot"},
