@@ -47,15 +47,13 @@ class Ahead:
             self._stream.synchronize()  # the copies may be used in any stream from here on
 
     def take(self, name: str, tensor: Tensor) -> Tensor:
-        """The tensor of that name on the device; `tensor` as it is where no copy has begun, or where it is another, a
-        product of it, say."""
+        """The tensor of that name on the device. Where no copy has begun, or `tensor` is another, a product of it, say,
+        that is brought to a GPU without waiting for those ahead of it, and elsewhere left as it is."""
         copy, own = self._copies.pop(name, None), self.tensors.get(name)
-        if copy is None or copy.cancel() or own is None:
-            if own is None or self._stream is None:
-                return tensor
-            return tensor.pin_memory().to(self.device, non_blocking=True)  # after the copies, which nobody waits for
-        itself = own.data_ptr() == tensor.data_ptr() and own.numel() == tensor.numel()
-        return copy.result().view(tensor.shape) if itself else tensor
+        if own is not None and copy is not None and not copy.cancel():
+            if own.data_ptr() == tensor.data_ptr() and own.numel() == tensor.numel():  # it, of whatever shape
+                return copy.result().view(tensor.shape)
+        return tensor if own is None or self._stream is None else self._copy(tensor)
 
     def _copy(self, tensor: Tensor) -> Tensor:
         with torch.cuda.stream(self._stream):  # memory is reused in the order of the stream that it is used on
