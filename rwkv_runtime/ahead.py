@@ -50,9 +50,9 @@ class Ahead:
         """The tensor of that name on the device. Where no copy has begun, or `tensor` is another, a product of it, say,
         that is brought to a GPU without waiting for those ahead of it, and elsewhere left as it is."""
         copy, own = self._copies.pop(name, None), self.tensors.get(name)
-        if own is not None and copy is not None and not copy.cancel():
-            if own.data_ptr() == tensor.data_ptr() and own.numel() == tensor.numel():  # it, of whatever shape
-                return copy.result().view(tensor.shape)
+        itself = own is not None and own.data_ptr() == tensor.data_ptr() and own.numel() == tensor.numel()
+        if copy is not None and not copy.cancel() and itself:
+            return copy.result().view(tensor.shape)
         return tensor if own is None or self._stream is None else self._copy(tensor)
 
     def _copy(self, tensor: Tensor) -> Tensor:
