@@ -53,8 +53,9 @@ def read(path: Path, device: str) -> float:
 
     from rwkv_runtime.ahead import Ahead
     from rwkv_runtime.checkpoint import open_tensors
+    from rwkv_runtime.mapped import Mapped
 
-    tensors = open_tensors(path)
+    tensors = Mapped(open_tensors(path), path)
     begin = time.perf_counter()
     with Ahead(tensors, torch.device(device)) as ahead:
         for name, tensor in tensors.items():

@@ -17,6 +17,8 @@ LEAST = 1 << 20
 """Bytes from which on a tensor is worth a thread."""
 PIECE = 8 << 20
 """Bytes that are copied to memory where the device reads by itself, and from there to the device while the next are."""
+PIECES = 2
+"""Of one thread that may be under way, so that a slow link does not have the whole file pinned."""
 
 
 class Ahead:
@@ -50,8 +52,7 @@ class Ahead:
         """The tensor of that name on the device. Where no copy has begun, or `tensor` is another, a product of it, say,
         that is brought to a GPU without waiting for those ahead of it, and elsewhere left as it is."""
         copy, own = self._copies.pop(name, None), self.tensors.get(name)
-        itself = own is not None and own.data_ptr() == tensor.data_ptr() and own.numel() == tensor.numel()
-        if copy is not None and not copy.cancel() and itself:
+        if copy is not None and not copy.cancel() and own is not None and _same(own, tensor):
             return copy.result().view(tensor.shape)
         return tensor if own is None or self._stream is None else self._copy(tensor)
 
@@ -61,8 +62,17 @@ class Ahead:
                 return tensor.to(self.device)
             copy = torch.empty_like(tensor, device=self.device)
             here, there, numbers = tensor.view(-1), copy.view(-1), PIECE // tensor.element_size()
+            under_way: list[torch.cuda.Event] = []
             for i in range(0, len(here), numbers):
                 there[i : i + numbers].copy_(here[i : i + numbers].pin_memory(), non_blocking=True)
+                under_way.append(self._stream.record_event())
+                if len(under_way) > PIECES:
+                    under_way.pop(0).synchronize()  # its memory is then used again
             if isinstance(self.tensors, Mapped):
                 self.tensors.give_back(tensor)
             return copy
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether these are the same numbers in the same order, of whatever shapes."""
+    return a.data_ptr() == b.data_ptr() and a.numel() == b.numel() and a.is_contiguous() and b.is_contiguous()

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from rwkv_runtime.ahead import Ahead
 from rwkv_runtime.errors import CheckpointError, OptionError
-from rwkv_runtime.mapped import Mapped
 from rwkv_runtime.memory import keep_freed_memory
 from rwkv_runtime.model import Architecture, Model, ModelConfig
 
@@ -26,7 +25,7 @@ Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
 
 
-def open_tensors(path: str | os.PathLike[str]) -> Mapped:
+def open_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors of a `.pth` (zip) or `.safetensors` file, memory-mapped on the CPU.
 
     Which of the two it is, is read from the file, not from its name. Raises CheckpointError.
@@ -45,7 +44,7 @@ def open_tensors(path: str | os.PathLike[str]) -> Mapped:
         )
     else:
         raise CheckpointError(f"{path}: not a checkpoint; a .pth or .safetensors file with RWKV weights is expected")
-    return Mapped(_check_tensors(path, size, tensors), path)
+    return _check_tensors(path, size, tensors)
 
 
 def _size(path: Path) -> int:

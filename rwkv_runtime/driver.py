@@ -13,13 +13,19 @@ from pathlib import Path
 from typing import NoReturn
 
 LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
-NAME = "driver"
 TURN = 0.0002
 """Seconds that Python's threads have in turn while that one hashes: it asks 800 times, each time waiting for a turn to
 end, which is 0.005 s otherwise."""
 
 
-def begin(device: str | None = None) -> threading.Thread | None:
+class Beginning(threading.Thread):
+    """It is known by its class wherever it is asked for."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__(target=_begin, args=(index,), daemon=True)
+
+
+def begin(device: str | None = None) -> Beginning | None:
     """Has the driver make the context that torch will use on `device` ("cuda", "cuda:N"; None is "cuda"). Then Triton
     hashes itself, 400 MB, as it would before it loads its first kernel, and keeps that.
 
@@ -30,7 +36,7 @@ def begin(device: str | None = None) -> threading.Thread | None:
     if not chosen or not _torch_has_cuda():
         return None
     os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")  # torch's own choice, which the driver reads as it begins
-    thread = threading.Thread(target=_begin, args=(int(chosen[1] or 0),), name=NAME, daemon=True)
+    thread = Beginning(int(chosen[1] or 0))
     thread.start()
     return thread
 
@@ -38,13 +44,13 @@ def begin(device: str | None = None) -> threading.Thread | None:
 def wait() -> None:
     """Until what was begun is done."""
     for thread in threading.enumerate():
-        if thread.name == NAME:
+        if isinstance(thread, Beginning):
             thread.join()
 
 
 def leave(status: int) -> NoReturn:
     """Ends the process, without waiting for a driver that is still beginning: with many GPUs it takes seconds."""
-    if any(thread.name == NAME for thread in threading.enumerate()):
+    if any(isinstance(thread, Beginning) for thread in threading.enumerate()):
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()

@@ -13,7 +13,7 @@ MAPS = "/proc/self/maps"
 
 
 class Mapped(dict[str, Tensor]):
-    """The tensors of a file, by name."""
+    """The tensors of a file, by name. Who wraps them so does not write to them: what was written could be lost."""
 
     def __init__(self, tensors: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
         super().__init__(tensors)
@@ -29,14 +29,19 @@ class Mapped(dict[str, Tensor]):
         if size and any(tensor.data_ptr() in p and tensor.data_ptr() + size - 1 in p for p in self._places):
             begin = -(-tensor.data_ptr() // page) * page  # a page that others have a part of stays
             length = max(0, (tensor.data_ptr() + size) // page * page - begin)
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
+            _leave(begin, length)
+
+
+def _leave(begin: int, length: int) -> None:
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
 
 
 def places(path: str | os.PathLike[str]) -> list[range]:
     """Addresses at which a file is mapped; none where the system does not say."""
-    if not os.path.exists(MAPS):
+    try:
+        with open(MAPS, encoding="utf-8", errors="surrogateescape") as lines:
+            fields = [line.rstrip("\n").split(maxsplit=5) for line in lines]
+    except OSError:
         return []
-    with open(MAPS, encoding="utf-8", errors="surrogateescape") as lines:
-        fields = [line.rstrip("\n").split(maxsplit=5) for line in lines]
     ours = [f[0].split("-") for f in fields if len(f) == 6 and f[5] == os.path.realpath(path)]
     return [range(int(begin, 16), int(end, 16)) for begin, end in ours]

@@ -22,6 +22,7 @@ from rwkv_runtime.embedded import embedded_model
 from rwkv_runtime.engine import Engine
 from rwkv_runtime.errors import BackendError, OptionError, RwkvError, StateError
 from rwkv_runtime.generation import Generation, Request
+from rwkv_runtime.mapped import Mapped
 from rwkv_runtime.model import Architecture, Model
 from rwkv_runtime.plugins import Plugins
 from rwkv_runtime.settings import check_quant, parse_device, parse_dtype, parse_state_dtype
@@ -30,6 +31,8 @@ from rwkv_runtime.tokenizer import Tokenizer
 from rwkv_runtime.vocabulary import find_vocabulary, load_vocabulary
 
 AUTO = "auto"
+WARM_ROOM = 1.25
+"""Of the weights' size, which a GPU is to have free: a small model as wide, with its prompts, takes less beside it."""
 ENGINES = 4
 """How many engines, each with its batch of states, a runtime keeps for the next text."""
 logger = logging.getLogger("rwkv_runtime")
@@ -65,13 +68,14 @@ def load(
     path = embedded_model() if path is None else path
     if sha256:
         check_sha256(path, sha256)
-    tensors = open_tensors(path)
+    tensors = Mapped(open_tensors(path), path)
     architecture, config = recognise(tensors, plugins.architectures, str(path))
     words = find_vocabulary(path, vocab, config.vocab_size)  # a missing one is told before gigabytes are read
     numbered = torch.empty(0, device=where).device  # a thread has a current device of its own
     with ThreadPoolExecutor(2) as beside:  # what is read meanwhile does not hold the interpreter
         blank = partial(blank_model, tensors, architecture, config, numbered, kind or own_dtype(tensors), kept)
-        beside.submit(_warm_up, in_order(plugins, backend), architecture, numbered, blank)
+        if _room(tensors, numbered):
+            beside.submit(_warm_up, in_order(plugins, backend), architecture, numbered, blank)
         tokenizer = beside.submit(load_vocabulary, words, config.vocab_size)
         model = build_model(tensors, [architecture], where, kind, str(path), progress, quant, kept)
     return Runtime(model, tokenizer.result(), plugins, backend)
@@ -86,12 +90,19 @@ def in_order(plugins: Plugins, name: str = AUTO) -> list[Backend]:
     return [chosen, *(b for b in everyone if b is not chosen)]
 
 
+def _room(tensors: Mapping[str, Tensor], device: torch.device) -> bool:
+    """Whether a GPU has memory for more than the weights, so that what warms up does not take it from them."""
+    needed = WARM_ROOM * sum(tensor.nbytes for tensor in tensors.values())
+    return device.type != "cuda" or torch.cuda.mem_get_info(device)[0] > needed
+
+
 def _warm_up(
     candidates: Sequence[Backend], architecture: Architecture, device: torch.device, blank: Callable[[], Model]
 ) -> None:
     """Warms up the first that is usable on this machine. What fails here fails in its `forward`, too, and is told."""
-    driver.wait()
-    if backend := next((b for b in candidates if why_not(b, None) is None), None):
+    backend = next((b for b in candidates if why_not(b, None) is None), None)
+    if backend and type(backend).warm_up is not Backend.warm_up:
+        driver.wait()
         backend.warm_up(architecture, device, blank)
 
 

@@ -14,9 +14,12 @@ from helpers import CPU, Tensors, apart, built, logits_of, tokens_of
 from rwkv_backends.eager import Eager
 
 import rwkv_runtime
-from rwkv_runtime import Architecture, CheckpointError, Model, Plugins, Tokenizer, ahead
+from rwkv_runtime import Architecture, CheckpointError, Model, Plugins, Tokenizer, ahead, driver
 from rwkv_runtime.ahead import Ahead
 from rwkv_runtime.blank import IDS, blank_model
+from rwkv_runtime.checkpoint import open_tensors
+from rwkv_runtime.mapped import Mapped
+from rwkv_runtime.runtime import _room
 
 TOKENS = tokens_of(20)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
@@ -127,6 +130,56 @@ def test_the_backend_to_be_used_warms_up_while_a_model_is_loaded(
     assert (backend.collecting, gc.isenabled()) == (False, True)
     rwkv_runtime.load(tmp_path / "model.pth", device="cpu", backend="eager", plugins=plugins)
     assert len(backend.calls) == 1
+
+
+def test_only_a_backend_that_warms_up_waits_for_what_was_begun(
+    checkpoint: Tensors, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugins, backend, waited = Plugins.load(), WarmsUp(), list[int]()
+    plugins.backends.add(backend, "test")
+    torch.save(checkpoint, tmp_path / "model.pth")
+    tokenizer.to_file(tmp_path / "model.vocab.txt")
+    monkeypatch.setattr(driver, "wait", lambda: waited.append(len(backend.calls)))
+    rwkv_runtime.load(tmp_path / "model.pth", device="cpu", backend="eager", plugins=plugins)
+    assert waited == []
+    rwkv_runtime.load(tmp_path / "model.pth", device="cpu", plugins=plugins)
+    assert (waited, len(backend.calls)) == ([0], 1)
+
+
+@pytest.mark.parametrize(("free", "room"), [(1249, False), (1250, False), (1251, True)])
+def test_nothing_warms_up_where_a_gpu_has_hardly_room_for_the_weights(
+    free: int, room: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10_000))
+    tensors = {"a": torch.zeros(400, dtype=torch.uint8), "b": torch.zeros(600, dtype=torch.uint8)}
+    assert _room(tensors, torch.device("cuda", 1)) is room
+    assert _room(tensors, CPU)
+
+
+def test_numbers_in_another_order_are_not_taken_for_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "LEAST", 1)
+    own = torch.rand(20, 30)
+    copied = threading.Event()
+    copy = Ahead._copy
+    monkeypatch.setattr(Ahead, "_copy", lambda self, tensor: (copy(self, tensor), copied.set())[0])
+    with Ahead({"own": own}, CPU) as weights:
+        copied.wait()
+        assert torch.equal(weights.take("own", own.t()), own.t())
+
+
+@needs_cuda
+def test_on_a_gpu_a_file_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "PIECE", 1 << 18)
+    numbers = torch.arange(1 << 22, dtype=torch.float32)
+    torch.save({"numbers": numbers}, tmp_path / "numbers.pth")
+    tensors = Mapped(open_tensors(tmp_path / "numbers.pth"), tmp_path / "numbers.pth")
+    given: list[int] = []
+    monkeypatch.setattr(Mapped, "give_back", lambda self, tensor: given.append(tensor.nbytes))
+    with Ahead(tensors, torch.device("cuda")) as weights:
+        torch.cuda._sleep(200_000_000)  # the copies wait for it
+        taken = weights.take("numbers", tensors["numbers"])
+    assert torch.equal(taken.cpu(), numbers)
+    assert given == [numbers.nbytes]
 
 
 @needs_cuda

@@ -8,12 +8,15 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from click.testing import CliRunner
 
 from rwkv_runtime import collector
+from rwkv_runtime.cli import command
 
 
 @pytest.fixture(autouse=True)
 def as_it_was() -> Iterator[None]:
+    gc.unfreeze()
     yield
     gc.unfreeze()
     gc.enable()
@@ -56,7 +59,14 @@ def test_what_fails_leaves_it_as_it_was() -> None:
     assert (gc.isenabled(), gc.get_freeze_count()) == (True, 0)
 
 
-def test_rwkv_run_has_what_it_imports_and_loads_last() -> None:
+def test_rwkv_run_has_what_it_imports_and_what_it_loads_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen: list[int] = []
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(len(frozen)))
+    assert CliRunner().invoke(command, ["Once", "--device", "cpu", "-n", "1", "-q"]).exit_code == 0
+    assert len(frozen) == 2
+
+
+def test_what_rwkv_run_has_made_is_not_looked_at_again() -> None:
     code = (
         "import gc, sys; from rwkv_runtime.cli import command;"
         "command(['Once', '-n', '1', '-q', '--device', 'cpu'], standalone_mode=False)"

@@ -95,9 +95,10 @@ def test_a_triton_that_is_broken_is_not_told_here(triton: Triton, monkeypatch: p
     assert (shown, sys.getswitchinterval()) == ([], before)
 
 
-def test_who_needs_it_waits_for_the_thread_that_is_at_it() -> None:
+def test_who_needs_it_waits_for_the_thread_that_is_at_it(monkeypatch: pytest.MonkeyPatch) -> None:
     go_on = threading.Event()
-    thread = threading.Thread(target=go_on.wait, name=driver.NAME, daemon=True)
+    monkeypatch.setattr(driver, "_begin", lambda index: go_on.wait())
+    thread = driver.Beginning(0)
     thread.start()
     needs = threading.Thread(target=driver.wait)
     needs.start()
@@ -153,8 +154,8 @@ def test_it_needs_no_torch() -> None:
 
 def test_a_process_ends_without_waiting_for_it() -> None:
     code = (
-        "import threading, time; from rwkv_runtime import driver;"
-        "threading.Thread(target=time.sleep, args=(60,), name=driver.NAME, daemon=True).start();"
+        "import time; from rwkv_runtime import driver;"
+        "driver._begin = lambda index: time.sleep(60); driver.Beginning(0).start();"
         "print('said', end=''); driver.leave(3)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=50)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import sys
 from pathlib import Path
 
@@ -26,12 +27,12 @@ def tensors(request: pytest.FixtureRequest, tmp_path: Path) -> Mapped:
         torch.save(all_of_it, path)
     else:
         save_file(all_of_it, path)
-    return open_tensors(path)
+    return Mapped(open_tensors(path), path)
 
 
 def resident() -> int:
     """Bytes of the process that are in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
 @on_linux
@@ -43,10 +44,29 @@ def test_pages_that_are_given_back_leave_and_come_again(tensors: Mapped) -> None
     assert torch.equal(tensors["large"], NUMBERS)
 
 
-def test_what_is_too_small_to_have_a_page_stays(tensors: Mapped) -> None:
+@pytest.fixture
+def left(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Where the system was told that pages may go, and how many bytes of them."""
+    told: list[tuple[int, int]] = []
+    monkeypatch.setattr(mapped, "_leave", lambda begin, length: told.append((begin, length)))
+    return told
+
+
+@on_linux
+def test_only_whole_pages_go(tensors: Mapped, left: list[tuple[int, int]]) -> None:
+    """Of a page that another tensor has a part of, or what the file says of itself, nothing is given back."""
+    tensors.give_back(tensors["large"])
+    [(begin, length)] = left
+    first, page = tensors["large"].data_ptr(), mmap.PAGESIZE
+    assert begin % page == length % page == 0
+    assert first <= begin < first + page
+    assert first + NUMBERS.nbytes - page < begin + length <= first + NUMBERS.nbytes
+
+
+def test_what_is_too_small_to_have_a_page_stays(tensors: Mapped, left: list[tuple[int, int]]) -> None:
     tensors.give_back(tensors["small"])
     tensors.give_back(torch.empty(0))
-    assert torch.equal(tensors["small"], torch.arange(10.0))
+    assert [length for _, length in left if length] == []
 
 
 def test_other_memory_is_left_alone(tensors: Mapped) -> None:
@@ -67,10 +87,12 @@ def test_a_file_is_found_where_it_lies(tensors: Mapped, tmp_path: Path) -> None:
     assert mapped.places(tmp_path / "another") == []
 
 
+@pytest.mark.parametrize("nothing", ["no such file", "."])
 def test_where_the_system_does_not_say_nothing_is_given_back(
-    tensors: Mapped, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tensors: Mapped, tmp_path: Path, nothing: str, left: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mapped, "MAPS", str(tmp_path / "none"))
+    """A folder is something that is there and cannot be read."""
+    monkeypatch.setattr(mapped, "MAPS", str(tmp_path / nothing))
     same = Mapped(tensors, next((tmp_path / "a folder").iterdir()))
     same.give_back(same["large"])
-    assert torch.equal(same["large"], NUMBERS)
+    assert left == []

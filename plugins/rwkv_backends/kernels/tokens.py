@@ -177,6 +177,6 @@ def _start(
 
 def last_normed(x: Tensor, norm: tuple[Tensor, Tensor], every: bool, length: Tensor | None, tuning: Tuning) -> Tensor:
     """x [B, T, C] -> LN of the last token of each sequence [B, C], or of `every` one. `length`: see `Padded`."""
-    if length is not None:
+    if length is not None and not every:
         return embed(length - 1, x[0], norm, tuning)
     return F.layer_norm(x if every else x[:, -1], x.shape[-1:], *norm)
