@@ -23,7 +23,7 @@ def at_rest() -> Iterator[None]:
 def lasting() -> Iterator[None]:
     """At rest inside, and what there is by its end is never looked at again: for what a process imports.
 
-    torch takes a seventh less, and later searches do not look at all that it made (0.1 s each time).
+    torch takes a sixth less, and later searches do not look at all that it made (0.1 s each time).
     """
     with at_rest():
         yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from functools import cached_property
 
 from torch import Tensor
 
@@ -17,7 +18,11 @@ class Mapped(dict[str, Tensor]):
 
     def __init__(self, tensors: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
         super().__init__(tensors)
-        self._places = places(path)
+        self._path = os.path.realpath(path)
+
+    @cached_property
+    def _places(self) -> list[range]:
+        return places(self._path)
 
     def give_back(self, tensor: Tensor) -> None:
         """Takes a contiguous tensor's pages out of the process: touched again, they are read from the file again.

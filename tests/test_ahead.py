@@ -6,6 +6,7 @@ import gc
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,43 @@ def test_numbers_in_another_order_are_not_taken_for_the_same(monkeypatch: pytest
         assert torch.equal(weights.take("own", own.t()), own.t())
 
 
+@pytest.mark.parametrize("numbers", [0, 1, 1023, 1024, 10_001])
+def test_large_ones_come_in_pieces_of_which_few_are_under_way(
+    numbers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, but that memory is pinned by being copied, and nothing ends before it is waited for."""
+    pinned, under_way, most, given = list[int](), 0, 0, list[int]()
+
+    class Event:
+        def synchronize(self) -> None:
+            nonlocal under_way
+            under_way -= 1
+
+    class Stream:
+        def record_event(self) -> Event:
+            nonlocal under_way, most
+            under_way += 1
+            most = max(most, under_way)
+            return Event()
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor.nbytes)
+        return tensor.clone()
+
+    monkeypatch.setattr(ahead, "PIECE", 4096)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(Mapped, "give_back", lambda self, tensor: given.append(tensor.nbytes))
+    own = torch.rand(numbers)
+    weights = Ahead(Mapped({"own": own}, tmp_path), CPU)
+    monkeypatch.setattr(weights, "_stream", Stream())
+    assert torch.equal(weights.take("own", own), own)
+    assert sum(pinned) == own.nbytes
+    assert max(pinned, default=0) <= 4096
+    assert most <= ahead.PIECES + 1
+    assert given == [own.nbytes]
+
+
 @needs_cuda
 def test_on_a_gpu_a_file_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead, "PIECE", 1 << 18)
@@ -176,7 +214,6 @@ def test_on_a_gpu_a_file_is_given_back(tmp_path: Path, monkeypatch: pytest.Monke
     given: list[int] = []
     monkeypatch.setattr(Mapped, "give_back", lambda self, tensor: given.append(tensor.nbytes))
     with Ahead(tensors, torch.device("cuda")) as weights:
-        torch.cuda._sleep(200_000_000)  # the copies wait for it
         taken = weights.take("numbers", tensors["numbers"])
     assert torch.equal(taken.cpu(), numbers)
     assert given == [numbers.nbytes]
