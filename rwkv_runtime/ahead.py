@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
@@ -17,8 +18,8 @@ LEAST = 1 << 20
 """Bytes from which on a tensor is worth a thread."""
 PIECE = 8 << 20
 """Bytes that are copied to memory where the device reads by itself, and from there to the device while the next are."""
-PIECES = 2
-"""Of one thread that may be under way, so that a slow link does not have the whole file pinned."""
+PIECES = 8
+"""That may be under way, so that a slow link does not have the whole file pinned."""
 
 
 class Ahead:
@@ -31,8 +32,9 @@ class Ahead:
     def __init__(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
         self.tensors, self.device = tensors, device
         self._copies: dict[str, Future[Tensor]] = {}
-        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="weights")
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="weights", initializer=self._use_stream)
+        self._under_way: deque[torch.cuda.Event] = deque()
 
     def __enter__(self) -> Ahead:
         for name, tensor in self.tensors.items():
@@ -56,21 +58,26 @@ class Ahead:
             return copy.result().view(tensor.shape)
         return tensor if own is None or self._stream is None else self._copy(tensor)
 
+    def _use_stream(self) -> None:
+        """In each thread: the caller's, for memory is reused in the order of the stream that it is used on."""
+        if self._stream is not None:
+            torch.cuda.set_stream(self._stream)
+
     def _copy(self, tensor: Tensor) -> Tensor:
-        with torch.cuda.stream(self._stream):  # memory is reused in the order of the stream that it is used on
-            if not (self._stream and tensor.is_contiguous()):
-                return tensor.to(self.device)
-            copy = torch.empty_like(tensor, device=self.device)
-            here, there, numbers = tensor.view(-1), copy.view(-1), PIECE // tensor.element_size()
-            under_way: list[torch.cuda.Event] = []
-            for i in range(0, len(here), numbers):
-                there[i : i + numbers].copy_(here[i : i + numbers].pin_memory(), non_blocking=True)
-                under_way.append(self._stream.record_event())
-                if len(under_way) > PIECES:
-                    under_way.pop(0).synchronize()  # its memory is then used again
-            if isinstance(self.tensors, Mapped):
-                self.tensors.give_back(tensor)
-            return copy
+        if not (self._stream and tensor.is_contiguous()):
+            return tensor.to(self.device)
+        copy = torch.empty_like(tensor, device=self.device)
+        if tensor.nbytes < LEAST:
+            return copy.copy_(tensor.pin_memory(), non_blocking=True)
+        here, there, numbers = tensor.view(-1), copy.view(-1), PIECE // tensor.element_size()
+        for i in range(0, len(here), numbers):
+            there[i : i + numbers].copy_(here[i : i + numbers].pin_memory(), non_blocking=True)
+            self._under_way.append(self._stream.record_event())
+            if len(self._under_way) > PIECES:
+                self._under_way.popleft().synchronize()  # its memory is then used again
+        if isinstance(self.tensors, Mapped):
+            self.tensors.give_back(tensor)
+        return copy
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

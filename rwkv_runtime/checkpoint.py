@@ -250,7 +250,7 @@ class _Placer:
         """Raises CheckpointError for a number that is not finite; on a GPU for all at once, since it is waited for."""
         while self.ends:
             dtype, ends = self.ends.popitem()
-            finite = torch.stack([end for _, end in ends]).isfinite().tolist()
+            finite = torch.stack([end for _, end in ends]).cpu().isfinite().tolist()  # no kernels for so few
             for name, good in zip((name for name, _ in ends), finite, strict=True):
                 if good:
                     continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from collections.abc import Callable
 from functools import cached_property
 
 from torch import Tensor
@@ -34,19 +35,21 @@ class Mapped(dict[str, Tensor]):
         if size and any(tensor.data_ptr() in p and tensor.data_ptr() + size - 1 in p for p in self._places):
             begin = -(-tensor.data_ptr() // page) * page  # a page that others have a part of stays
             length = max(0, (tensor.data_ptr() + size) // page * page - begin)
-            _leave(begin, length)
+            self._advise(ctypes.c_void_p(begin), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
 
-
-def _leave(begin: int, length: int) -> None:
-    ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
+    @cached_property
+    def _advise(self) -> Callable[..., int]:
+        """The system's `madvise`."""
+        return ctypes.CDLL(None).madvise
 
 
 def places(path: str | os.PathLike[str]) -> list[range]:
     """Addresses at which a file is mapped; none where the system does not say."""
+    name = os.path.realpath(path)
     try:
         with open(MAPS, encoding="utf-8", errors="surrogateescape") as lines:
-            fields = [line.rstrip("\n").split(maxsplit=5) for line in lines]
+            ours = [line.split(maxsplit=5) for line in lines if name in line]
     except OSError:
         return []
-    ours = [f[0].split("-") for f in fields if len(f) == 6 and f[5] == os.path.realpath(path)]
-    return [range(int(begin, 16), int(end, 16)) for begin, end in ours]
+    ends = [fields[0].split("-") for fields in ours if fields[5].rstrip("\n") == name]
+    return [range(int(begin, 16), int(end, 16)) for begin, end in ends]

@@ -48,7 +48,7 @@ def test_pages_that_are_given_back_leave_and_come_again(tensors: Mapped) -> None
 def left(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Where the system was told that pages may go, and how many bytes of them."""
     told: list[tuple[int, int]] = []
-    monkeypatch.setattr(mapped, "_leave", lambda begin, length: told.append((begin, length)))
+    monkeypatch.setattr(Mapped, "_advise", lambda self, begin, length, _: told.append((begin.value, length.value)))
     return told
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from rwkv_runtime import Tick
-
-WARM_UPS = 3
-"""Runs before the capture: libraries make their work spaces and kernels are loaded, which a capture forbids."""
 
 
 class Captured:
@@ -54,7 +52,7 @@ class Graphs:
                 # Other threads may go on. A capture that fails to begin leaves its own stream current: the outer one
                 # is set again.
                 alone = torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
-                with torch.cuda.stream(torch.cuda.current_stream()), alone:
+                with torch.cuda.stream(torch.cuda.current_stream()), alone, _refusing_to_wait():
                     tick()
             finally:
                 for buffer, value in zip(buffers, saved, strict=True):
@@ -65,23 +63,28 @@ class Graphs:
 
 
 def _warm_up(tick: Tick) -> None:
-    """Runs the tick on a stream of its own, the last time refusing what waits for the device.
-
-    A capture that fails half-way may leave the process unable to begin another; this fails before it.
-    """
+    """Runs the tick on a stream of its own: libraries make their work spaces and kernels are loaded, which a capture
+    forbids."""
     current, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(current)
     try:
         with torch.cuda.stream(side):
-            for _ in range(WARM_UPS - 1):
-                tick()
-            mode = torch.cuda.get_sync_debug_mode()
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")  # not for users
-                torch.cuda.set_sync_debug_mode("error")
-            try:
-                tick()
-            finally:
-                torch.cuda.set_sync_debug_mode(mode)
+            tick()
     finally:
         current.wait_stream(side)
+
+
+@contextmanager
+def _refusing_to_wait() -> Iterator[None]:
+    """Inside, what would wait for the device is an error of PyTorch's.
+
+    One of the device's would end the capture half-way, after which the process may be unable to begin another.
+    """
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")  # not for users
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)

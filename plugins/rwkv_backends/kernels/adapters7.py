@@ -13,6 +13,7 @@ from rwkv_layers.rwkv7 import TimeMixing
 from torch import Tensor
 
 from rwkv_backends.kernels.device import let_next_begin, load_vector, sigmoid, store, tanh, wait_for_earlier
+from rwkv_backends.kernels.sizes import cdiv
 from rwkv_backends.kernels.tuning import Tuning
 
 SIZE = 4096
@@ -52,4 +53,4 @@ def pack(att: TimeMixing, step: int) -> Adapters:
 def activate(low: Tensor, tuning: Tuning) -> None:
     """low [n, M, R] in place: tanh of the last but one, the decay's; the gate's, the last, through a sigmoid."""
     size = low[-2:].numel()
-    activate_kernel[triton.cdiv(size, SIZE),](low[-2:], size, size // 2, SIZE, num_warps=4, **tuning.launch)
+    activate_kernel[cdiv(size, SIZE),](low[-2:], size, size // 2, SIZE, num_warps=4, **tuning.launch)

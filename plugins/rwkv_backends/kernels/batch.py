@@ -21,6 +21,7 @@ from rwkv_backends.kernels.device import (
     wait_for_earlier,
 )
 from rwkv_backends.kernels.mixing import across
+from rwkv_backends.kernels.sizes import cdiv, next_power_of_2
 from rwkv_backends.kernels.tuning import Tuning
 
 Norm = tuple[Tensor, Tensor]
@@ -159,8 +160,8 @@ def mixtures(lora: Tensor, normed: Tensor, dx: Tensor, w: Tensor, tuning: Tuning
     (B, C), R = normed.shape, w.shape[1] - 1
     out = normed.new_empty(5, B, C)
     rows = 16 if B <= 16 else ROWS * 2 // w.element_size()
-    cols = min(COLS, max(16, triton.next_power_of_2(C)))
-    rank = max(16, triton.next_power_of_2(R))
-    grid = triton.cdiv(B, rows), triton.cdiv(C, cols), 5
+    cols = min(COLS, max(16, next_power_of_2(C)))
+    rank = max(16, next_power_of_2(R))
+    grid = cdiv(B, rows), cdiv(C, cols), 5
     mixtures_kernel[grid](lora, normed, dx, w, out, B, len(lora), R, C, rank, rows, cols, num_warps=4, **tuning.launch)
     return out

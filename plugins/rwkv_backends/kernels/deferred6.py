@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rwkv_backends.deferred import DECAYS, FILLED, KEYS, SLOT, VALUES, Deferred, DeferredState
 from rwkv_backends.kernels.device import let_next_begin, store, store_state, tanh, wait_for_earlier
+from rwkv_backends.kernels.sizes import cdiv, next_power_of_2
 from rwkv_backends.kernels.tuning import Tuning
 
 ROWS, COLS = 16, 64
@@ -41,10 +42,8 @@ def decays_kernel(low_ptr, w_ptr, decay_ptr, out_ptr, B, C, D, RANK: tl.constexp
 def decays(low: Tensor, w: Tensor, decay: Tensor, out: Tensor, tuning: Tuning) -> Tensor:
     """low [B, D], w [C, D], decay [C] -> out, float32 [B, C]: -exp(decay + W tanh(low)), logarithms of decays."""
     (B, C), D = out.shape, w.shape[1]
-    rank = max(16, triton.next_power_of_2(D))
-    decays_kernel[triton.cdiv(C, COLS), triton.cdiv(B, ROWS)](
-        low, w, decay, out, B, C, D, rank, ROWS, COLS, **tuning.launch
-    )
+    rank = max(16, next_power_of_2(D))
+    decays_kernel[cdiv(C, COLS), cdiv(B, ROWS)](low, w, decay, out, B, C, D, rank, ROWS, COLS, **tuning.launch)
     return out
 
 
@@ -84,7 +83,7 @@ def merge(state: DeferredState, tuning: Tuning) -> None:
     """Makes the updates of all rows that have no room for another, and gives each row its slot for the next token."""
     kv, k, filled = state["att_kv"], state[KEYS], state[FILLED]
     L, B, H, _, N = kv.shape
-    merge_kernel[H, triton.cdiv(B, MERGED_ROWS), L](
+    merge_kernel[H, cdiv(B, MERGED_ROWS), L](
         kv, state.rounded, filled, state[SLOT], k, state[VALUES], state[DECAYS], kv.stride(0), k.stride(0),
         filled.stride(0), B, H, N, k.shape[2], MERGED_ROWS,
         num_warps=4 if N <= 64 else 16, maxnreg=REGISTERS if N <= 64 else None, **tuning.launch,

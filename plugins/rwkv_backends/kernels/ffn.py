@@ -35,6 +35,7 @@ from rwkv_backends.kernels.rows import (
     widened,
     zeros_like,
 )
+from rwkv_backends.kernels.sizes import cdiv, next_power_of_2
 from rwkv_backends.kernels.tuning import Tuning
 from rwkv_backends.kernels.vector import first_tiles, products
 
@@ -195,8 +196,8 @@ def channel_mixing(
         x, prev, *norm, *maa, *key, *(receptance or (None, None)), value.weight, normed, parts, r, F, keys,
         **held.options(x, ahead, (C, max(1, others))) | {"GROUP": group, "BEYOND": tuning.key_ahead},
     )  # fmt: skip
-    wide = triton.next_power_of_2(keys)
-    parts_kernel[triton.cdiv(C, PART_COLS), B](
+    wide = next_power_of_2(keys)
+    parts_kernel[cdiv(C, PART_COLS), B](
         parts, r, value.scale, normed, x, prev, scale, keys, C, wide, PART_COLS,
         num_warps=max(1, min(8, wide * PART_COLS // 1024)), maxnreg=64, **tuning.launch,
     )  # fmt: skip
@@ -208,12 +209,12 @@ def _programs(held: Rows, group: int, gated: bool) -> tuple[int, int]:
     Of the two numbers of groups next to an even share the one with which the longest share is shorter.
     """
     C, F, rows, room = held.C, held.total, held.tile_rows(), held.room()
-    tiles = triton.cdiv(F, rows)
+    tiles = cdiv(F, rows)
     even = tiles * (1 + (C / (F * 1.5) if gated else 0)) / room / group
 
     def split(groups: int) -> tuple[int, int]:
-        keys = triton.cdiv(tiles, groups * group)
-        return keys, max(1, min(triton.cdiv(C, rows), room - keys)) if gated else 0
+        keys = cdiv(tiles, groups * group)
+        return keys, max(1, min(cdiv(C, rows), room - keys)) if gated else 0
 
     def longest(groups: int) -> float:
         keys, others = split(groups)

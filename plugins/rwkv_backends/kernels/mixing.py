@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rwkv_backends.kernels.device import let_next_begin, load_vector, norm_row, store, tanh, wait_for_earlier
+from rwkv_backends.kernels.sizes import cdiv, next_power_of_2
 from rwkv_backends.kernels.tuning import Tuning
 
 SQUARES = 8192
@@ -78,7 +79,7 @@ def relu_squared_kernel(k_ptr, size, BLOCK: tl.constexpr, OVERLAP: tl.constexpr)
 
 def across(C: int) -> dict[str, int]:
     """Options of a kernel whose programs each hold a row of C channels."""
-    block = triton.next_power_of_2(C)
+    block = next_power_of_2(C)
     return {"C": C, "BLOCK": block, "num_warps": max(1, min(8, block // 256))}
 
 
@@ -98,9 +99,9 @@ def lerps(lora: Tensor, normed: Tensor, w: Tensor, prev: Tensor, T: int, tuning:
     (M, C), R = normed.shape, w.shape[1] - 1
     out = normed.new_empty(5, M, C)
     rows, cols = tuning.lerp_tile(M, C, w.element_size())
-    rank = max(16, triton.next_power_of_2(R))
+    rank = max(16, next_power_of_2(R))
     parts = tuning.lerp_parts(M)
-    grid = (triton.cdiv(M, rows), triton.cdiv(C, cols), 5 // parts)
+    grid = (cdiv(M, rows), cdiv(C, cols), 5 // parts)
     lerps_kernel[grid](
         lora, normed, w, out, prev, M, T, R, C, rank, rows, cols, parts,
         # Four programs share a multiprocessor, with larger adapters three.
@@ -111,5 +112,5 @@ def lerps(lora: Tensor, normed: Tensor, w: Tensor, prev: Tensor, T: int, tuning:
 
 def relu_squared(k: Tensor, tuning: Tuning) -> Tensor:
     """In place."""
-    relu_squared_kernel[triton.cdiv(k.numel(), SQUARES),](k, k.numel(), SQUARES, num_warps=8, **tuning.launch)
+    relu_squared_kernel[cdiv(k.numel(), SQUARES),](k, k.numel(), SQUARES, num_warps=8, **tuning.launch)
     return k

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rwkv_backends.kernels.device import store
+from rwkv_backends.kernels.sizes import cdiv, next_power_of_2
 from rwkv_backends.kernels.tuning import Tuning
 
 NORMED = 2
@@ -193,13 +194,13 @@ class Rows(NamedTuple):
 
     def pieces(self) -> tuple[int, int]:
         """Columns of the first, a power of two, and of the others together: a row has one piece, or five or six."""
-        whole = int(triton.next_power_of_2(self.C))
+        whole = next_power_of_2(self.C)
         size = whole // 8
-        return (size, (triton.cdiv(self.C, size) - 1) * size) if self.split() else (whole, 0)
+        return (size, (cdiv(self.C, size) - 1) * size) if self.split() else (whole, 0)
 
     def split(self) -> bool:
         """Whether in pieces: where one would leave a quarter of the threads idle, or more."""
-        return self.tuning.pieces_from <= self.C <= int(triton.next_power_of_2(self.C)) * 3 // 4
+        return self.tuning.pieces_from <= self.C <= next_power_of_2(self.C) * 3 // 4
 
     def tile_rows(self) -> int:
         """Of a tile."""
@@ -207,11 +208,11 @@ class Rows(NamedTuple):
 
     def warps(self) -> int:
         """Of a program: usually 16 to 24 columns a thread."""
-        return max(1, min(8, (int(triton.next_power_of_2(self.C)) >> self.split()) // WARP_COLS))
+        return max(1, min(8, (next_power_of_2(self.C) >> self.split()) // WARP_COLS))
 
     def programs(self, rows: int) -> int:
         """How many take so many of the rows."""
-        tiles = int(triton.cdiv(rows, self.tile_rows()))
+        tiles = cdiv(rows, self.tile_rows())
         return max(1, min(tiles, round(self.room() * rows / self.total)))
 
     def room(self) -> int:
@@ -238,9 +239,9 @@ class Rows(NamedTuple):
         Its turns are all of one length. A lean one holds nothing else but the vector, and leaves registers to others.
         """
         block, rest = self.pieces()
-        most = max(triton.cdiv(triton.cdiv(rows, self.tile_rows()), programs) for rows, programs in shares)
-        turns = triton.cdiv(most, ahead)
-        tiles = {"ROWS": self.tile_rows(), "AHEAD": triton.cdiv(most, turns), "MORE": turns > 1}
+        most = max(cdiv(cdiv(rows, self.tile_rows()), programs) for rows, programs in shares)
+        turns = cdiv(most, ahead)
+        tiles = {"ROWS": self.tile_rows(), "AHEAD": cdiv(most, turns), "MORE": turns > 1}
         # Left to itself, ptxas stops at 80 registers in some of the kernels and spills. With more than 128, a
         # multiprocessor has no room for four programs of four warps, or two of eight.
         limit = self.lean_registers(tiles["AHEAD"]) if lean else 128

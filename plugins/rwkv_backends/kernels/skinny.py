@@ -15,6 +15,7 @@ from rwkv_layers.linear import Matrix
 from torch import Tensor
 
 from rwkv_backends.kernels.device import let_next_begin, store, wait_for_earlier
+from rwkv_backends.kernels.sizes import cdiv, next_power_of_2
 from rwkv_backends.kernels.tuning import Tuning
 
 ROWS = 64
@@ -108,9 +109,9 @@ def product_kernel(x_ptr, w_ptr, scale_ptr, out_ptr, other_x_ptr, other_w_ptr, o
 def parts(x: Tensor, matrix: Matrix, tuning: Tuning) -> Tensor:
     """x [B, C], matrix [D, C] -> float32 [n, B, D], whose sum over the n parts is x W^T."""
     (B, C), D, cols = x.shape, matrix.weight.shape[0], _columns(x, matrix, tuning)
-    tiles, turns = triton.cdiv(D, ROWS), triton.cdiv(C, cols)
-    per = triton.cdiv(turns, max(1, min(turns, PROGRAMS // tiles))) * cols  # columns of a part
-    out = x.new_empty(triton.cdiv(C, per), B, D, dtype=torch.float32)
+    tiles, turns = cdiv(D, ROWS), cdiv(C, cols)
+    per = cdiv(turns, max(1, min(turns, PROGRAMS // tiles))) * cols  # columns of a part
+    out = x.new_empty(cdiv(C, per), B, D, dtype=torch.float32)
     product_kernel[tiles, len(out)](
         x, *matrix, out, None, None, None, None, B, D, 0, tiles, C, per, **_options(B, per, cols, "", tuning)
     )
@@ -126,9 +127,9 @@ def pair(
     """
     (n, B, C), D, E = x.shape, matrices.weight.shape[-2], other.weight.shape[0]
     out, other_out = x.new_empty(n, B, D), x.new_empty(B, E, dtype=out_dtype)
-    tiles = triton.cdiv(D, ROWS) * n
+    tiles = cdiv(D, ROWS) * n
     options = _options(B, C, _columns(x, matrices, tuning), then, tuning)
-    product_kernel[tiles + triton.cdiv(E, ROWS), 1](
+    product_kernel[tiles + cdiv(E, ROWS), 1](
         x, *matrices, out, other_x, *other, other_out, B, D, E, tiles, C, C, **options
     )
     return out, other_out
@@ -141,8 +142,8 @@ def _columns(x: Tensor, matrix: Matrix, tuning: Tuning) -> int:
 
 def _options(B: int, per: int, cols: int, then: str, tuning: Tuning) -> dict[str, Any]:
     """For B rows and `per` columns of a part. The tensor cores take at least 16 rows of the batch."""
-    batch = max(16, triton.next_power_of_2(B))
-    cached = max(LINE.value, min(tuning.skinny_cached, triton.next_power_of_2(per + 1) // 2))
+    batch = max(16, next_power_of_2(B))
+    cached = max(LINE.value, min(tuning.skinny_cached, next_power_of_2(per + 1) // 2))
     stages = min(tuning.skinny_stages, SHARED // (2 * cols * (ROWS + batch)))
     sizes = {"ROWS": ROWS, "BATCH": batch, "COLS": cols, "CACHED": cached, "STAGES": stages}
     return {**sizes, "THEN": then, "num_warps": 4, **tuning.launch}

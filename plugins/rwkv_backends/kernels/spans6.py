@@ -36,6 +36,7 @@ from rwkv_backends.kernels.device import (
     tokens_there,
     wait_for_earlier,
 )
+from rwkv_backends.kernels.sizes import cdiv, next_power_of_2
 from rwkv_backends.kernels.tuning import Tuning
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -234,7 +235,7 @@ def wkv(
     _, M, C = kvrg.shape
     B, H, N, _ = kv.shape
     T, D, span = M // B, w.shape[1], max(16, tuning.span * 2 // kvrg.element_size())
-    slots = triton.cdiv(T, span)
+    slots = cdiv(T, span)
     # Inputs of 16 bits have no more digits than one pass through the tensor cores keeps.
     precision = "tf32x3" if kvrg.dtype == torch.float32 else "tf32"
     table = between(span, torch.bfloat16 if kvrg.dtype == torch.bfloat16 else torch.float32, kvrg.device)
@@ -242,7 +243,7 @@ def wkv(
     sizes = {"N": N, "SPAN": span, "HALVINGS": len(table) - 2, "PRECISION": precision, "num_warps": warps}
     added, kept = u.new_empty(B, slots, H, N, N), u.new_empty(B, slots, H, N)  # float32, however kv is kept
     logs = torch.empty_like(kvrg[0], dtype=table.dtype)
-    rank = max(16, triton.next_power_of_2(D))
+    rank = max(16, next_power_of_2(D))
     added_kernel[slots, H, B](
         kvrg, low, w, decay, table, added, kept, logs, length, M, T, slots, H, D, rank, **sizes, **tuning.launch
     )

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rwkv_backends.kernels.device import let_next_begin, sigmoid, store, store_state, tokens_there, wait_for_earlier
+from rwkv_backends.kernels.sizes import cdiv
 from rwkv_backends.kernels.tuning import Tuning
 from rwkv_backends.kernels.wkv7 import LOG2_LEAST, Heads
 
@@ -198,7 +199,7 @@ def wkv(
     # What a program holds of a token takes twice the registers in float32, and twice again in three parts.
     held = (1 if halves else 4) * max(1, N // 64)
     T, L, warps = M // B, max(16, tuning.span // held), 4 if N <= 64 else 8
-    slots = triton.cdiv(T, L)
+    slots = cdiv(T, L)
     values = rkv[2] if first is None else torch.empty_like(first)
     bonuses, kept = kv.new_empty(M, H, dtype=torch.float32), kv.new_empty(B, slots, H, N, dtype=torch.float32)
     seeing, own = (torch.empty_like(rkv[0], dtype=operand) for _ in range(2))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rwkv_backends.kernels.device import let_next_begin, load_vector, sigmoid, store, tokens_there, wait_for_earlier
 from rwkv_backends.kernels.mixing import across, embed
+from rwkv_backends.kernels.sizes import cdiv
 from rwkv_backends.kernels.tuning import Tuning
 
 REGISTERS = 80
@@ -169,7 +170,7 @@ def _start(
     registers = REGISTERS
     if options["BLOCK"] > 2048:  # as many numbers a thread with fewer rows
         tokens, registers = 2, WIDE_REGISTERS
-    tokens_kernel[triton.cdiv(M, tokens),](
+    tokens_kernel[cdiv(M, tokens),](
         x, r, v, gated, scale, prev, *norm, maa, None if out is None else out.unbind(0), last, length, M, T,
         **options, TOKENS=tokens, maxnreg=registers if x.element_size() == 2 else None, **tuning.launch,
     )  # fmt: skip

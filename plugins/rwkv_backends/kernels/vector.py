@@ -31,6 +31,7 @@ from rwkv_backends.kernels.rows import (
     times,
     widened,
 )
+from rwkv_backends.kernels.sizes import cdiv, next_power_of_2
 from rwkv_backends.kernels.tuning import Tuning
 
 
@@ -221,8 +222,8 @@ def lerps(lora: Tensor, normed: Tensor, dx: Tensor, w: Tensor, prev: Tensor, tun
     """`mixing.lerps` for one token of each row: lora [B, 5R], w [5, R + 1, C], its last row maa -> [5, B, C]."""
     (B, C), R = normed.shape, w.shape[1] - 1
     out = normed.new_empty(5, B, C)
-    rank, cols = triton.next_power_of_2(R), min(32, triton.next_power_of_2(C))
-    grid = (triton.cdiv(C, cols), 5, B)
+    rank, cols = next_power_of_2(R), min(32, next_power_of_2(C))
+    grid = (cdiv(C, cols), 5, B)
     lerp_kernel[grid](lora, normed, dx, w, out, prev, B, R, C, rank, cols, num_warps=1, **tuning.launch)
     return out
 
@@ -233,7 +234,7 @@ def kvrg(mixed: Tensor, w: Matrix, low: Tensor, tuning: Tuning) -> tuple[Tensor,
     out, low_out = mixed.new_empty(4, B, C, dtype=torch.float32), mixed.new_empty(B, D, dtype=torch.float32)
     rows = Rows(C, 4 * C + D, tuning)
     per = rows.programs(C)
-    others = max(1, min(triton.cdiv(D, rows.tile_rows()), rows.room() - 4 * per))  # all run at once
+    others = max(1, min(cdiv(D, rows.tile_rows()), rows.room() - 4 * per))  # all run at once
     options = rows.options(mixed, rows.ahead(), (C, per), (D, others), lean=True)
     kvrg_kernel[4 * per + others, B](mixed, *w, low, out, low_out, B, D, per, **options)
     return out, low_out

@@ -12,6 +12,7 @@ from torch import Tensor
 from rwkv_backends.kernels.adapters7 import Adapters
 from rwkv_backends.kernels.device import let_next_begin, share, wait_for_earlier
 from rwkv_backends.kernels.rows import Rows, columns, load_row, minus, norm_of, plus_product, store_row, widened
+from rwkv_backends.kernels.sizes import cdiv
 from rwkv_backends.kernels.tuning import Tuning
 from rwkv_backends.kernels.vector import first_tiles, products
 
@@ -84,7 +85,7 @@ def tiles_of(adapters: Adapters, tuning: Tuning) -> Tensor:
     """Tiles of the rows of `adapters.down` that are not only filled up with zeros, int32."""
     n, R, C = adapters.down.shape
     rows = tile_rows(C, tuning)
-    per = [range(i * R // rows, i * R // rows + triton.cdiv(rank, rows)) for i, rank in enumerate(adapters.ranks[-n:])]
+    per = [range(i * R // rows, i * R // rows + cdiv(rank, rows)) for i, rank in enumerate(adapters.ranks[-n:])]
     return torch.tensor([tile for tiles in per for tile in tiles], dtype=torch.int32).to(adapters.down.device)
 
 

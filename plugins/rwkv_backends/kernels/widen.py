@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rwkv_backends.kernels.sizes import cdiv, next_power_of_2
 from rwkv_backends.prompts import Padded
 from rwkv_runtime import State
 
@@ -38,6 +39,6 @@ def widen_kernel(narrow_ptr, absent_ptr, logits_ptr, B, V, ROWS: tl.constexpr, C
 def widen(narrow: Tensor, absent: Tensor | None, logits: Tensor) -> None:
     """narrow [B, V], float32 absent [V] -> logits float32 [B, V], of which both are contiguous: their sum."""
     B, V = logits.shape
-    rows = min(ROWS, triton.next_power_of_2(B))
-    grid = triton.cdiv(V, COLS), triton.cdiv(B, rows)
+    rows = min(ROWS, next_power_of_2(B))
+    grid = cdiv(V, COLS), cdiv(B, rows)
     widen_kernel[grid](narrow, absent, logits, B, V, rows, COLS, num_warps=2 * rows)

@@ -12,6 +12,7 @@ from torch import Tensor
 from rwkv_backends.deferred import DeferredState
 from rwkv_backends.kernels import deferred6
 from rwkv_backends.kernels.device import let_next_begin, load_vector, store, store_state, tanh, wait_for_earlier
+from rwkv_backends.kernels.sizes import next_power_of_2
 from rwkv_backends.kernels.tuning import Tuning
 from rwkv_runtime import State
 
@@ -69,7 +70,7 @@ def wkv(
     H, N = u.shape
     D = w.shape[1]
     out = like.new_empty(B, C)
-    rank = triton.next_power_of_2(D)
+    rank = next_power_of_2(D)
     wkv_kernel[H, B](
         kvrg, low, w, decay, u, *norm, kv, out, B, D, H, N, rank,
         num_warps=FEW_WARPS if tuning.vector_rows >= B else MANY_WARPS, **tuning.launch,

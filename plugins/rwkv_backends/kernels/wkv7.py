@@ -20,6 +20,7 @@ from rwkv_backends.kernels.device import (
     tanh,
     wait_for_earlier,
 )
+from rwkv_backends.kernels.sizes import next_power_of_2
 from rwkv_backends.kernels.tuning import Tuning
 
 LOG2_LEAST = tl.constexpr(-0.8750387749145276)
@@ -171,7 +172,7 @@ def few(
     B = rkv.shape[1]
     H, N = heads.bonus.shape
     out = torch.empty_like(normed)
-    wide = [triton.next_power_of_2(max(1, rank)) for rank in adapters.ranks]
+    wide = [next_power_of_2(max(1, rank)) for rank in adapters.ranks]
     few_kernel[H, B](
         rkv, low, adapters.up, *heads, first, kv, normed, prev, out, B, H, *adapters.ranks, adapters.up.shape[2],
         N, *wide, num_warps=8, **tuning.launch,
