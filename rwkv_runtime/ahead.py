@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
-from rwkv_runtime.mapped import Mapped
+from rwkv_runtime.mapped import Mapped, Reader
 
 THREADS = 4
-"""What a copy takes is mostly the host's: pages of the file that are found, and copied to where the device reads."""
+"""What a copy takes is mostly the host's: to read the file to where the device reads by itself."""
 LEAST = 1 << 20
 """Bytes from which on a tensor is worth a thread."""
 PIECE = 8 << 20
-"""Bytes that are copied to memory where the device reads by itself, and from there to the device while the next are."""
+"""Bytes that are read at once, and copied to the device while the next are."""
 PIECES = 8
 """That may be under way, so that a slow link does not have the whole file pinned."""
 
@@ -25,8 +26,7 @@ PIECES = 8
 class Ahead:
     """Copies large tensors to a device in threads, in their order, from `with` on; each is to be taken once.
 
-    What takes long of a copy does not hold the interpreter. What waits to be taken is all there is in memory twice,
-    and a file's tensors are given back when they are copied.
+    What takes long of a copy does not hold the interpreter. Of a file, the process has in memory what is under way.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
@@ -35,8 +35,12 @@ class Ahead:
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="weights", initializer=self._use_stream)
         self._under_way: deque[torch.cuda.Event] = deque()
+        self._reader: Reader | None = None
 
     def __enter__(self) -> Ahead:
+        if self._stream is not None and isinstance(self.tensors, Mapped):
+            with suppress(OSError):  # it is mapped, all the same
+                self._reader = Reader(self.tensors.path)
         for name, tensor in self.tensors.items():
             if tensor.nbytes >= LEAST:
                 self._copies[name] = self._pool.submit(self._copy, tensor)
@@ -47,6 +51,8 @@ class Ahead:
     ) -> None:
         self._pool.shutdown(cancel_futures=True)
         self._copies.clear()
+        if self._reader is not None:
+            self._reader.close()
         if self._stream is not None:
             self._stream.synchronize()  # the copies may be used in any stream from here on
 
@@ -68,16 +74,22 @@ class Ahead:
             return tensor.to(self.device)
         copy = torch.empty_like(tensor, device=self.device)
         if tensor.nbytes < LEAST:
-            return copy.copy_(tensor.pin_memory(), non_blocking=True)
+            return copy.copy_(self._pinned(tensor), non_blocking=True)
         here, there, numbers = tensor.view(-1), copy.view(-1), PIECE // tensor.element_size()
         for i in range(0, len(here), numbers):
-            there[i : i + numbers].copy_(here[i : i + numbers].pin_memory(), non_blocking=True)
+            there[i : i + numbers].copy_(self._pinned(here[i : i + numbers]), non_blocking=True)
             self._under_way.append(self._stream.record_event())
             if len(self._under_way) > PIECES:
                 self._under_way.popleft().synchronize()  # its memory is then used again
-        if isinstance(self.tensors, Mapped):
-            self.tensors.give_back(tensor)
         return copy
+
+    def _pinned(self, tensor: Tensor) -> Tensor:
+        """A copy where the device reads by itself."""
+        if self._reader is None:
+            return tensor.pin_memory()
+        pinned = torch.empty_like(tensor, pin_memory=True)
+        self._reader.read(tensor, pinned)
+        return pinned
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -12,13 +13,14 @@ import pytest
 import torch
 from helpers import CPU, Tensors, apart, built, logits_of, tokens_of
 from rwkv_backends.eager import Eager
+from safetensors.torch import save_file
 
 import rwkv_runtime
 from rwkv_runtime import Architecture, CheckpointError, Model, Plugins, Tokenizer, ahead, driver
 from rwkv_runtime.ahead import Ahead
 from rwkv_runtime.blank import IDS, blank_model
 from rwkv_runtime.checkpoint import open_tensors
-from rwkv_runtime.mapped import Mapped
+from rwkv_runtime.mapped import Mapped, Reader
 from rwkv_runtime.runtime import _room
 
 TOKENS = tokens_of(20)
@@ -168,11 +170,9 @@ def test_numbers_in_another_order_are_not_taken_for_the_same(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("numbers", [0, 1, 1023, 1024, 10_001])
-def test_large_ones_come_in_pieces_of_which_few_are_under_way(
-    numbers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_ones_come_in_pieces_of_which_few_are_under_way(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, but that memory is pinned by being copied, and nothing ends before it is waited for."""
-    pinned, under_way, most, given = list[int](), 0, 0, list[int]()
+    pinned, under_way, most = list[int](), 0, 0
 
     class Event:
         def synchronize(self) -> None:
@@ -194,29 +194,63 @@ def test_large_ones_come_in_pieces_of_which_few_are_under_way(
     monkeypatch.setattr(ahead, "PIECES", 3)
     monkeypatch.setattr(ahead, "LEAST", 1)
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
-    monkeypatch.setattr(Mapped, "give_back", lambda self, tensor: given.append(tensor.nbytes))
     own = [torch.rand(numbers) for _ in range(5)]
-    weights = Ahead(Mapped({str(i): tensor for i, tensor in enumerate(own)}, tmp_path), CPU)
+    weights = Ahead({str(i): tensor for i, tensor in enumerate(own)}, CPU)
     monkeypatch.setattr(weights, "_stream", Stream())
     assert all(torch.equal(weights.take(str(i), tensor), tensor) for i, tensor in enumerate(own))
     assert sum(pinned) == 5 * own[0].nbytes
     assert max(pinned, default=0) <= 4096
     assert most == min(4, len(pinned) if numbers else 0)
-    assert given == [own[0].nbytes] * (5 if numbers else 0)
 
 
 @needs_cuda
-def test_on_a_gpu_a_file_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["model.pth", "model.safetensors"])
+def test_on_a_gpu_a_file_is_read_and_not_touched(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead, "PIECE", 1 << 18)
-    numbers = torch.arange(1 << 22, dtype=torch.float32)
+    own = {"large": torch.arange(1 << 22, dtype=torch.float32), "small": torch.arange(9.0), "empty": torch.zeros(0)}
+    if name.endswith("pth"):
+        torch.save(own, tmp_path / name)
+    else:
+        save_file(own, tmp_path / name)
+    tensors = Mapped(open_tensors(tmp_path / name), tmp_path / name)
+    read, whole = list[int](), Reader.read
+
+    def reading(self: Reader, tensor: torch.Tensor, to: torch.Tensor) -> None:
+        read.append(tensor.nbytes)
+        whole(self, tensor, to)
+
+    monkeypatch.setattr(Reader, "read", reading)
+    with Ahead(tensors, torch.device("cuda")) as weights:
+        taken = {name: weights.take(name, tensor) for name, tensor in tensors.items()}
+    assert all(torch.equal(taken[name].cpu(), own[name]) for name in own)
+    assert sum(read) == sum(tensor.nbytes for tensor in own.values())
+
+
+@needs_cuda
+def test_on_a_gpu_a_file_that_becomes_shorter_is_told(
+    architecture: Architecture, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.pth"
+    torch.save(architecture.random(architecture.sizes(2, 1024, 65536)), path)
+    begin = Ahead.__enter__
+
+    def shortened(self: Ahead) -> Ahead:
+        os.truncate(path, 1 << 20)
+        return begin(self)
+
+    monkeypatch.setattr(Ahead, "__enter__", shortened)
+    with pytest.raises(CheckpointError, match=r"model\.pth: it has become shorter while it was read"):
+        rwkv_runtime.load(path, device="cuda", backend="eager")
+
+
+@needs_cuda
+def test_on_a_gpu_a_file_that_is_gone_is_still_there_as_memory(tmp_path: Path) -> None:
+    numbers = torch.arange(1 << 20, dtype=torch.float32)
     torch.save({"numbers": numbers}, tmp_path / "numbers.pth")
     tensors = Mapped(open_tensors(tmp_path / "numbers.pth"), tmp_path / "numbers.pth")
-    given: list[int] = []
-    monkeypatch.setattr(Mapped, "give_back", lambda self, tensor: given.append(tensor.nbytes))
+    (tmp_path / "numbers.pth").unlink()
     with Ahead(tensors, torch.device("cuda")) as weights:
-        taken = weights.take("numbers", tensors["numbers"])
-    assert torch.equal(taken.cpu(), numbers)
-    assert given == [numbers.nbytes]
+        assert torch.equal(weights.take("numbers", tensors["numbers"]).cpu(), numbers)
 
 
 @needs_cuda

@@ -20,9 +20,9 @@ CORE = ROOT / "rwkv_runtime"
 PLUGINS = ROOT / "plugins"
 BUILT_IN = {folder.name for folder in PLUGINS.iterdir() if (folder / "__init__.py").exists()}
 LEVELS = (
-    {"collector", "driver", "errors", "hooks", "mapped"},
-    {"ahead", "memory", "noise", "state", "text", "tokenizer"},
-    {"controls", "model", "vocabulary"},
+    {"collector", "driver", "errors", "hooks"},
+    {"mapped", "memory", "noise", "state", "text", "tokenizer"},
+    {"ahead", "controls", "model", "vocabulary"},
     {"backend", "blank", "checkpoint", "sampler"},
     {"embedded", "observation", "plugins", "snapshot"},
     {"batch", "generation", "settings"},

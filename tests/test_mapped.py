@@ -1,18 +1,22 @@
-"""Tensors whose memory is a file's: pages that nobody needs leave the process, and come back."""
+"""Tensors whose memory is a file's, and what reads them without touching it."""
 
 from __future__ import annotations
 
-import mmap
+import errno
+import os
+import resource
 import sys
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from rwkv_runtime import mapped
+from rwkv_runtime import CheckpointError, mapped
 from rwkv_runtime.checkpoint import open_tensors
-from rwkv_runtime.mapped import Mapped
+from rwkv_runtime.mapped import Mapped, Place, Reader, places
 
 MEGABYTE = 1 << 20
 NUMBERS = torch.arange(8 * MEGABYTE, dtype=torch.float32)  # 32 MiB
@@ -30,69 +34,107 @@ def tensors(request: pytest.FixtureRequest, tmp_path: Path) -> Mapped:
     return Mapped(open_tensors(path), path)
 
 
-def resident() -> int:
-    """Bytes of the process that are in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
-
-
-@on_linux
-def test_pages_that_are_given_back_leave_and_come_again(tensors: Mapped) -> None:
-    assert torch.equal(tensors["large"], NUMBERS)
-    before = resident()
-    tensors.give_back(tensors["large"])
-    assert before - resident() > 30 * MEGABYTE
-    assert torch.equal(tensors["large"], NUMBERS)
-
-
 @pytest.fixture
-def left(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Where the system was told that pages may go, and how many bytes of them."""
-    told: list[tuple[int, int]] = []
-    monkeypatch.setattr(Mapped, "_advise", lambda self, begin, length, _: told.append((begin.value, length.value)))
-    return told
+def reader(tensors: Mapped) -> Iterator[Reader]:
+    with closing(Reader(tensors.path)) as reader:
+        yield reader
 
 
 @on_linux
-def test_only_whole_pages_go(tensors: Mapped, left: list[tuple[int, int]]) -> None:
-    """Of a page that another tensor has a part of, or what the file says of itself, nothing is given back."""
-    tensors.give_back(tensors["large"])
-    [(begin, length)] = left
-    first, page = tensors["large"].data_ptr(), mmap.PAGESIZE
-    assert begin % page == length % page == 0
-    assert first <= begin < first + page
-    assert first + NUMBERS.nbytes - page < begin + length <= first + NUMBERS.nbytes
+@pytest.mark.parametrize("part", [slice(None), slice(0, 1), slice(1, 5), slice(7, -3), slice(0, 0)], ids=str)
+def test_any_part_of_a_tensor_is_read_as_it_is(tensors: Mapped, reader: Reader, part: slice) -> None:
+    for tensor in tensors.values():
+        to = torch.full_like(tensor[part], -1)
+        reader.read(tensor[part], to)
+        assert torch.equal(to, tensor[part])
 
 
-def test_what_is_too_small_to_have_a_page_stays(tensors: Mapped, left: list[tuple[int, int]]) -> None:
-    tensors.give_back(tensors["small"])
-    tensors.give_back(torch.empty(0))
-    assert [length for _, length in left if length] == []
+@on_linux
+def test_what_is_read_is_not_touched(tensors: Mapped, reader: Reader) -> None:
+    """Or the system would note each page of it. 32 MiB are 8192."""
+    to = torch.empty_like(NUMBERS).zero_()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    reader.read(tensors["large"], to)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 100
+    assert torch.equal(to, NUMBERS)
 
 
-def test_other_memory_is_left_alone(tensors: Mapped) -> None:
-    """Its pages would come back as zeros."""
-    other = NUMBERS.clone()
-    tensors.give_back(other)
-    assert torch.equal(other, NUMBERS)
+def test_what_lies_elsewhere_is_copied_from_there(reader: Reader) -> None:
+    to = torch.zeros(10)
+    reader.read(torch.arange(10.0), to)
+    assert torch.equal(to, torch.arange(10.0))
+
+
+@on_linux
+def test_a_file_that_has_taken_another_s_place_is_not_read_for_it(tensors: Mapped, tmp_path: Path) -> None:
+    path = Path(tensors.path)
+    other = tmp_path / "other"
+    other.write_bytes(bytes(path.stat().st_size))
+    other.replace(path)
+    with closing(Reader(path)) as reader:
+        to = torch.zeros_like(NUMBERS)
+        reader.read(tensors["large"], to)
+    assert torch.equal(to, NUMBERS)
+
+
+@on_linux
+@pytest.mark.parametrize("kept", [0, 1000, 1 << 20])
+def test_a_file_that_becomes_shorter_is_told(tensors: Mapped, reader: Reader, kept: int) -> None:
+    """To touch its memory would end the process."""
+    os.truncate(tensors.path, kept)
+    with pytest.raises(CheckpointError, match="shorter while it was read"):
+        reader.read(tensors["large"], torch.empty_like(NUMBERS))
+
+
+@on_linux
+def test_a_file_that_cannot_be_read_is_told(tensors: Mapped, reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", fails)
+    with pytest.raises(CheckpointError, match="cannot be read: Input/output error"):
+        reader.read(tensors["large"], torch.empty_like(NUMBERS))
+
+
+@on_linux
+def test_it_is_read_on_where_the_system_stopped(
+    tensors: Mapped, reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it does at two gigabytes."""
+    whole = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, into, offset: whole(file, [into[0][:1000_003]], offset))
+    to = torch.empty_like(NUMBERS)
+    reader.read(tensors["large"], to)
+    assert torch.equal(to, NUMBERS)
 
 
 @on_linux
 def test_a_file_is_found_where_it_lies(tensors: Mapped, tmp_path: Path) -> None:
-    path = next((tmp_path / "a folder").iterdir())
-    at = tensors["large"].data_ptr()
-    assert any(at in place and at + NUMBERS.nbytes - 1 in place for place in mapped.places(path))
+    path, large = Path(tensors.path), tensors["large"]
+    [at] = {at for place in places(path) if (at := place.of(large)) is not None}
+    assert path.read_bytes()[at : at + large.nbytes] == large.numpy().tobytes()
     link = tmp_path / "link"
     link.symlink_to(path)
-    assert mapped.places(link) == mapped.places(path)
-    assert mapped.places(tmp_path / "another") == []
+    assert places(link) == places(path)
+    assert places(tmp_path / "another") == []
+
+
+def test_only_what_lies_in_a_place_as_a_whole_is_of_it() -> None:
+    tensor = torch.zeros(100, dtype=torch.uint8)
+    begin = tensor.data_ptr()
+    assert Place(range(begin - 50, begin + 100), 7).of(tensor) == 57
+    assert Place(range(begin - 50, begin + 99), 7).of(tensor) is None
+    assert Place(range(begin + 1, begin + 200), 7).of(tensor) is None
 
 
 @pytest.mark.parametrize("nothing", ["no such file", "."])
-def test_where_the_system_does_not_say_nothing_is_given_back(
-    tensors: Mapped, tmp_path: Path, nothing: str, left: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+def test_where_the_system_does_not_say_memory_is_read(
+    tensors: Mapped, tmp_path: Path, nothing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A folder is something that is there and cannot be read."""
     monkeypatch.setattr(mapped, "MAPS", str(tmp_path / nothing))
-    same = Mapped(tensors, next((tmp_path / "a folder").iterdir()))
-    same.give_back(same["large"])
-    assert left == []
+    assert places(tensors.path) == []
+    with closing(Reader(tensors.path)) as reader:
+        to = torch.zeros_like(NUMBERS)
+        reader.read(tensors["large"], to)
+    assert torch.equal(to, NUMBERS)
