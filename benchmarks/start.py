@@ -66,10 +66,10 @@ def read(path: Path, device: str) -> float:
 def start_ours(path: Path, backend: str, dtype: str, device: str) -> list[float]:
     """Readings of the clock: after the imports, the load, the preparation and the first token."""
     import rwkv_runtime
-    from rwkv_runtime import collector, driver
+    from rwkv_runtime import beginning, collector
 
-    driver.begin(device)  # as rwkv-run does
-    with collector.lasting():
+    with collector.lasting():  # as rwkv-run does
+        beginning.begin(path, None, device)
         rwkv_runtime.load  # noqa: B018  (imports torch)
         times = [time.perf_counter()]
         model = rwkv_runtime.load(path, backend=backend, dtype=dtype, device=device)

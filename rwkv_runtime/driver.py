@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import threading
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
@@ -21,8 +22,8 @@ end, which is 0.005 s otherwise."""
 class Beginning(threading.Thread):
     """It is known by its class wherever it is asked for."""
 
-    def __init__(self, index: int) -> None:
-        super().__init__(target=_begin, args=(index,), daemon=True)
+    def __init__(self, work: Callable[..., None], *arguments: int) -> None:
+        super().__init__(target=work, args=arguments, daemon=True)
 
 
 def begin(device: str | None = None) -> Beginning | None:
@@ -36,7 +37,7 @@ def begin(device: str | None = None) -> Beginning | None:
     if not chosen or not _torch_has_cuda():
         return None
     os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")  # torch's own choice, which the driver reads as it begins
-    thread = Beginning(int(chosen[1] or 0))
+    thread = Beginning(_begin, int(chosen[1] or 0))
     thread.start()
     return thread
 
@@ -49,12 +50,12 @@ def wait() -> None:
 
 
 def leave(status: int) -> NoReturn:
-    """Ends the process, without waiting for a driver that is still beginning: with many GPUs it takes seconds."""
+    """Ends the process, without waiting for what is still beginning: a driver of many GPUs takes seconds."""
     if any(isinstance(thread, Beginning) for thread in threading.enumerate()):
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()
-        os._exit(status)  # the driver's library may not be taken down meanwhile
+        os._exit(status)  # its libraries may not be taken down meanwhile
     sys.exit(status)
 
 

@@ -32,6 +32,11 @@ def find_vocabulary(path: str | os.PathLike[str], vocab: str | os.PathLike[str] 
     return chosen
 
 
+def expected_vocabulary(path: str | os.PathLike[str], vocab: str | os.PathLike[str] | None) -> Path:
+    """What `find_vocabulary` finds for every model that can be loaded, whose size is not known yet. Raises as it."""
+    return find_vocabulary(path, vocab, WORLD_SIZES[0])
+
+
 def load_vocabulary(file: Path, vocab_size: int) -> Tokenizer:
     """The tokenizer of a model of that size. Raises VocabularyError where the file is malformed or another model's."""
     tokenizer = load_tokenizer(file)

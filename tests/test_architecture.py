@@ -23,7 +23,7 @@ LEVELS = (
     {"collector", "driver", "errors", "hooks"},
     {"mapped", "memory", "noise", "state", "text", "tokenizer"},
     {"ahead", "controls", "model", "vocabulary"},
-    {"backend", "blank", "checkpoint", "sampler"},
+    {"backend", "beginning", "blank", "checkpoint", "sampler"},
     {"embedded", "observation", "plugins", "snapshot"},
     {"batch", "generation", "settings"},
     {"flight"},

@@ -149,6 +149,19 @@ def test_a_start_is_judged_without_the_reading_of_its_weights() -> None:
     assert target.find(starts) == (2.25, "fused")
 
 
+def test_a_start_is_judged_of_the_backend_that_is_fast_afterwards() -> None:
+    target = next(target for target in gpu_targets() if target.what.startswith("warm start"))
+    model = {"architecture": "rwkv6", "size": "1.6b", "dtype": "bfloat16", "warm_load": 1.0}
+    starts = [
+        result("start", "fused", **model, warm_first_token=3.0, warm_reading=0.75),
+        result("start", "eager", **model, warm_first_token=2.0, warm_reading=0.75),
+    ]
+    steps = [decode(who, 1, 0.0, None, size="1.6b", ms_p50=ms) for who, ms in (("eager", 5.0), ("fused", 1.0))]
+    assert target.find(starts) == (1.25, "eager")
+    assert target.find(starts + steps) == (2.25, "fused")
+    assert target.find(starts[1:] + steps) is None
+
+
 def test_a_whole_step_through_torch_compile_counts_as_the_better_of_tuned_and_not() -> None:
     target = next(target for target in gpu_targets() if "through torch.compile" in target.what)
     steps = [("compile", 2.0), (TUNED, 1.5), ("fused", 1.0), (PER_OP, 0.5)]

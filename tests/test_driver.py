@@ -13,10 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 
 from rwkv_runtime import driver
-from rwkv_runtime.cli import command
 
 
 class Library:
@@ -98,7 +96,7 @@ def test_a_triton_that_is_broken_is_not_told_here(triton: Triton, monkeypatch: p
 def test_who_needs_it_waits_for_the_thread_that_is_at_it(monkeypatch: pytest.MonkeyPatch) -> None:
     go_on = threading.Event()
     monkeypatch.setattr(driver, "_begin", lambda index: go_on.wait())
-    thread = driver.Beginning(0)
+    thread = driver.Beginning(driver._begin, 0)
     thread.start()
     needs = threading.Thread(target=driver.wait)
     needs.start()
@@ -155,20 +153,11 @@ def test_it_needs_no_torch() -> None:
 def test_a_process_ends_without_waiting_for_it() -> None:
     code = (
         "import time; from rwkv_runtime import driver;"
-        "driver._begin = lambda index: time.sleep(60); driver.Beginning(0).start();"
+        "driver._begin = lambda index: time.sleep(60); driver.Beginning(driver._begin, 0).start();"
         "print('said', end=''); driver.leave(3)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=50)
     assert (done.returncode, done.stdout, done.stderr) == (3, "said", "")
-
-
-def test_rwkv_run_begins_it_for_a_text_and_not_for_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    begun: list[str | None] = []
-    monkeypatch.setattr(driver, "begin", begun.append)
-    CliRunner().invoke(command, ["--backends"])
-    assert begun == []
-    assert CliRunner().invoke(command, ["Once", "--device", "cpu", "-n", "1", "-q"]).exit_code == 0
-    assert begun == ["cpu"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")

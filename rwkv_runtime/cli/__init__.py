@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from rwkv_runtime import __version__, collector, driver
+from rwkv_runtime import __version__, beginning, collector, driver
 from rwkv_runtime.cli.command import OneLineCommand, nothing_to_lose
 from rwkv_runtime.cli.formats import FORMATS
 from rwkv_runtime.cli.options import (
@@ -94,9 +94,9 @@ def command(ctx: click.Context, /, **options: Any) -> None:
     """
     if warning := unknown_variables(ctx):
         click.echo(f"warning: {warning}", err=True)
-    if not options["table"]:
-        driver.begin(options["device"])
     with nothing_to_lose(), collector.lasting():
+        if not options["table"]:
+            beginning.begin(options["model"], options["vocab"], options["device"])
         from rwkv_runtime.cli.run import run  # torch is loaded here
 
     run(options | {"params": sampler_params(ctx), "typed": typed(ctx), "typed_params": typed_params(ctx)})

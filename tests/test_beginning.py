@@ -1,0 +1,123 @@
+"""What begins before torch is imported: a driver, torch's libraries, the vocabulary."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from rwkv_runtime import Tokenizer, beginning, driver, tokenizer
+from rwkv_runtime.cli import command
+from rwkv_runtime.tokenizer import world_vocabulary
+from rwkv_runtime.vocabulary import load_vocabulary
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere libraries have other names")
+BYTES = Tokenizer.from_tokens({i + 1: bytes([i]) for i in range(256)})
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What is begun, in order; nothing really is but the vocabulary."""
+    begun: list[object] = []
+    monkeypatch.setattr(driver, "begin", begun.append)
+    monkeypatch.setattr(beginning, "map_libraries", lambda: begun.append("libraries"))
+    return begun
+
+
+def read(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Vocabularies that are read from their files from here on."""
+    files: list[Path] = []
+    from_file = Tokenizer.from_file
+
+    def noted(path: str) -> Tokenizer:
+        files.append(Path(path))
+        return from_file(path)
+
+    tokenizer._cached_tokenizer.cache_clear()
+    monkeypatch.setattr(Tokenizer, "from_file", noted)
+    return files
+
+
+def test_the_vocabulary_is_read_once(tmp_path: Path, begun: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the time a model is loaded it is there: World's, that of a file beside the model, or the one that is named."""
+    files = read(monkeypatch)
+    model, beside, named = tmp_path / "model.pth", tmp_path / "model.vocab.txt", tmp_path / "named.txt"
+    for vocabulary in (beside, named):
+        BYTES.to_file(vocabulary)
+    for path, vocab, expected in (
+        (tmp_path / "a.pth", None, world_vocabulary()),
+        (model, None, beside),
+        (model, named, named),
+    ):
+        beginning.begin(path, vocab, "cpu")
+        assert files == [expected.resolve()]
+        load_vocabulary(expected, 65536)
+        assert len(files) == 1
+        files.clear()
+
+
+def test_a_driver_begins_first(tmp_path: Path, begun: list[object]) -> None:
+    beginning.begin(tmp_path / "model.pth", None, "cuda:1")
+    driver.wait()
+    assert begun == ["cuda:1", *(["libraries"] if sys.platform == "linux" else [])]
+
+
+def test_the_embedded_model_needs_no_more_than_a_driver(begun: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    files = read(monkeypatch)
+    beginning.begin(None, None, None)
+    driver.wait()
+    assert (begun, files) == ([None], [])
+
+
+@pytest.mark.parametrize("vocabulary", ["missing.txt", "damaged.txt"])
+def test_a_vocabulary_that_is_wrong_is_told_later(vocabulary: str, tmp_path: Path, begun: list[object]) -> None:
+    (tmp_path / "damaged.txt").write_text("no vocabulary")
+    beginning.begin(tmp_path / "model.pth", tmp_path / vocabulary, "cpu")
+    assert begun[0] == "cpu"
+
+
+@on_linux
+def test_torch_s_libraries_are_mapped_and_torch_works_with_them() -> None:
+    """Without torch, and while Python does something else."""
+    code = (
+        "import sys, threading; from rwkv_runtime import beginning, driver;"
+        "beginning.begin('no.pth', None, 'cpu');"
+        "assert any(isinstance(t, driver.Beginning) for t in threading.enumerate());"
+        "driver.wait();"
+        "assert 'torch' not in sys.modules;"
+        "assert 'libtorch_cpu.so' in open('/proc/self/maps').read();"
+        "import torch; print(int(torch.arange(5).sum()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("10\n", "")
+
+
+@on_linux
+@pytest.mark.parametrize("names", [("no.so", "neither.so"), ("no.so", "libtorch.so")])
+def test_what_cannot_be_mapped_is_none_of_its_business(names: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beginning, "LIBRARIES", names)
+    beginning.map_libraries()
+
+
+@on_linux
+def test_the_interpreter_is_free_meanwhile() -> None:
+    """Or all of this would be in vain: a thread that counts goes on while libraries are mapped."""
+    code = (
+        "import threading, time; from rwkv_runtime import beginning;"
+        "thread = threading.Thread(target=beginning.map_libraries); counts = [time.perf_counter()]; thread.start()\n"
+        "while thread.is_alive(): counts.append(time.perf_counter())\n"
+        "print(max(b - a for a, b in zip(counts, counts[1:])), counts[-1] - counts[0])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    longest, whole = map(float, done.stdout.split())
+    assert longest < whole * 0.8
+
+
+def test_rwkv_run_begins_it_for_a_text_and_not_for_a_table(begun: list[object]) -> None:
+    CliRunner().invoke(command, ["--backends"])
+    assert begun == []
+    assert CliRunner().invoke(command, ["Once", "--device", "cpu", "-n", "1", "-q"]).exit_code == 0
+    assert begun == ["cpu"]
