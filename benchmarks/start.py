@@ -22,6 +22,7 @@ TORCH_ALONE = "import time; begin = time.perf_counter(); import torch; print(tim
 class Start(NamedTuple):
     """Seconds, from one step to the next; first_token is from the start to the first token. Peak memory in GB.
 
+    `imports` are of torch, and of what begins before it: a vocabulary is read meanwhile.
     `reading` is measured apart, afterwards: the weights once more from the system's file cache to the device.
     """
 

@@ -20,7 +20,7 @@ LEAST = 1 << 20
 PIECE = 8 << 20
 """Bytes that are read at once, and copied to the device while the next are."""
 PIECES = 8
-"""That may be under way, so that a slow link does not have the whole file pinned."""
+"""That may be under way, beside one of each thread, so that a slow link does not have the whole file pinned."""
 
 
 class Ahead:
@@ -33,7 +33,7 @@ class Ahead:
         self.tensors, self.device = tensors, device
         self._copies: dict[str, Future[Tensor]] = {}
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="weights", initializer=self._use_stream)
+        self._pool = ThreadPoolExecutor(THREADS, "weights", _use_stream, (self._stream,))
         self._under_way: deque[torch.cuda.Event] = deque()
         self._reader: Reader | None = None
 
@@ -64,11 +64,6 @@ class Ahead:
             return copy.result().view(tensor.shape)
         return tensor if own is None or self._stream is None else self._copy(tensor)
 
-    def _use_stream(self) -> None:
-        """In each thread: the caller's, for memory is reused in the order of the stream that it is used on."""
-        if self._stream is not None:
-            torch.cuda.set_stream(self._stream)
-
     def _copy(self, tensor: Tensor) -> Tensor:
         if not (self._stream and tensor.is_contiguous()):
             return tensor.to(self.device)
@@ -90,6 +85,12 @@ class Ahead:
         pinned = torch.empty_like(tensor, pin_memory=True)
         self._reader.read(tensor, pinned)
         return pinned
+
+
+def _use_stream(stream: torch.cuda.Stream | None) -> None:
+    """In each thread: the caller's, for memory is reused in the order of the stream that it is used on."""
+    if stream is not None:
+        torch.cuda.set_stream(stream)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -20,25 +20,27 @@ def begin(model: str | os.PathLike[str] | None, vocab: str | os.PathLike[str] | 
     """For a `load` with these arguments, in which what fails here fails, too, and is told.
 
     A GPU's driver begins in a thread. In another torch's libraries are mapped, and meanwhile the vocabulary is read;
-    the embedded model's is too small for that.
+    the embedded model's is too small for that. A process that has begun ends by `driver.leave`, or after `driver.wait`.
     """
     driver.begin(device)
     if model is None:
         return
-    with suppress(VocabularyError):
+    with suppress(VocabularyError, OSError, ValueError):
         from rwkv_runtime.tokenizer import load_tokenizer
         from rwkv_runtime.vocabulary import expected_vocabulary
 
         words = expected_vocabulary(model, vocab)
-        if sys.platform == "linux":  # last of all that imports: meanwhile no other library is loaded
-            driver.Beginning(map_libraries).start()
+        driver.Beginning(map_libraries).start()  # after what this thread imports: one library is loaded at a time
         load_tokenizer(words)
 
 
 def map_libraries() -> None:
-    """As an import of torch does, but that the interpreter is not held: 0.15 s, 0.3 to 0.4 with CUDA."""
+    """As an import of torch does, but that the interpreter is not held: 0.15 s, 0.3 to 0.4 with CUDA.
+
+    Where this fails, or elsewhere than on Linux, torch finds them by itself.
+    """
     torch = find_spec("torch")
-    if torch and torch.origin:
+    if sys.platform == "linux" and torch and torch.origin:
         load = ctypes.CDLL(None).dlopen
         load.restype = ctypes.c_void_p
         for name, scope in zip(LIBRARIES, (os.RTLD_GLOBAL, os.RTLD_LOCAL), strict=True):

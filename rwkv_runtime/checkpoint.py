@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pickle
+import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -69,6 +70,7 @@ def _open_zip(path: Path) -> Mapping[str, object]:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
+            orders = [archive.read(e) for e in entries if e.filename.endswith("/byteorder") and e.file_size < 16]
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
         raise CheckpointError(f"{path}: truncated or damaged (its zip directory is missing); fetch it again") from None
     index = [e for e in entries if e.filename.endswith("/data.pkl")]
@@ -89,6 +91,8 @@ def _open_zip(path: Path) -> Mapping[str, object]:
         raise CheckpointError(f"{path}: truncated or damaged ({_first_line(error)}); fetch it again") from None
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{path}: holds a {type(loaded).__name__}, not a dictionary of tensors")
+    if any(order != sys.byteorder.encode() for order in orders):  # turned round where they lie: no longer the file's
+        return {name: t.clone() if isinstance(t, Tensor) else t for name, t in loaded.items()}
     return loaded
 
 

@@ -1,4 +1,4 @@
-"""What a GPU needs begins in a thread while Python imports torch, which takes longer and needs it only afterwards."""
+"""What begins in threads while Python imports torch: a GPU's driver, which is needed only afterwards."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from typing import NamedTuple
 
 from torch import Tensor
@@ -43,7 +44,7 @@ class Reader:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Raises OSError where the file cannot be opened."""
-        self._file = os.open(path, os.O_RDONLY)
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  (`close` closes it)
         self._places = places(path)  # asked for afterwards: what another file has taken the place of is no longer there
 
     def read(self, tensor: Tensor, to: Tensor) -> None:
@@ -52,16 +53,18 @@ class Reader:
         Raises CheckpointError where the file cannot be read.
         """
         offset = next((at for place in self._places if (at := place.of(tensor)) is not None), None)
-        if offset is None:
+        if offset is None or tensor.is_neg():  # a view that is to be read with other signs
             to.copy_(tensor)
         else:
-            _read(self._file, offset, to)
+            _read(self._file.fileno(), offset, to)
 
     def close(self) -> None:
-        os.close(self._file)
+        self._file.close()
 
 
 def _read(file: int, offset: int, to: Tensor) -> None:
+    if sys.platform == "win32":
+        raise NotImplementedError  # nothing is known to be mapped there
     memory = memoryview((ctypes.c_char * to.nbytes).from_address(to.data_ptr()))
     while memory:
         try:
@@ -77,9 +80,9 @@ def places(path: str | os.PathLike[str]) -> list[Place]:
     """Where a file is mapped; nowhere where the system does not say."""
     name = os.path.realpath(path)
     try:
-        with open(MAPS, encoding="utf-8", errors="surrogateescape") as lines:
+        with open(MAPS, encoding="utf-8", errors="surrogateescape", newline="\n") as lines:
             ours = [line.split(maxsplit=5) for line in lines if name in line]
     except OSError:
         return []
-    found = [(*fields[0].split("-"), fields[2]) for fields in ours if fields[5].rstrip("\n") == name]
+    found = [(*fields[0].split("-"), fields[2]) for fields in ours if fields[5:] == [f"{name}\n"]]
     return [Place(range(int(begin, 16), int(end, 16)), int(offset, 16)) for begin, end, offset in found]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -201,6 +204,45 @@ def test_large_ones_come_in_pieces_of_which_few_are_under_way(numbers: int, monk
     assert sum(pinned) == 5 * own[0].nbytes
     assert max(pinned, default=0) <= 4096
     assert most == min(4, len(pinned) if numbers else 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what is mapped, and where")
+def test_a_file_is_read_and_closed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU."""
+
+    def files() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    own = {"large": torch.rand(1 << 19), "small": torch.rand(9)}
+    torch.save(own, tmp_path / "model.pth")
+    tensors = Mapped(open_tensors(tmp_path / "model.pth"), tmp_path / "model.pth")
+    event = SimpleNamespace(synchronize=lambda: None)
+    like = torch.empty_like
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
+    monkeypatch.setattr(torch, "empty_like", lambda tensor, device=None, pin_memory=False: like(tensor))
+    weights = Ahead(tensors, CPU)
+    monkeypatch.setattr(
+        weights, "_stream", SimpleNamespace(record_event=lambda: event, synchronize=lambda: None), raising=True
+    )
+    before = files()
+    with weights:
+        assert files() == before + 1
+        assert all(torch.equal(weights.take(name, tensor), own[name]) for name, tensor in tensors.items())
+    assert files() == before
+
+
+def test_what_is_done_with_goes_at_once() -> None:
+    """And not with the next search for garbage, of which a process that loads a model may have none."""
+    tensors = {"large": torch.zeros(1 << 20)}
+    gone = weakref.ref(tensors["large"])
+    gc.disable()
+    try:
+        with Ahead(tensors, CPU) as weights:
+            weights.take("large", tensors["large"])
+        del weights, tensors
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @needs_cuda

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,12 @@ def test_the_embedded_model_needs_no_more_than_a_driver(begun: list[object], mon
     assert (begun, files) == ([None], [])
 
 
+@pytest.mark.parametrize("model", ["", ".", "/", "a" * 300, "\0"])
+def test_so_is_a_model_that_cannot_be_one(model: str, begun: list[object]) -> None:
+    beginning.begin(model, None, "cpu")
+    assert begun[0] == "cpu"
+
+
 @pytest.mark.parametrize("vocabulary", ["missing.txt", "damaged.txt"])
 def test_a_vocabulary_that_is_wrong_is_told_later(vocabulary: str, tmp_path: Path, begun: list[object]) -> None:
     (tmp_path / "damaged.txt").write_text("no vocabulary")
@@ -83,9 +90,8 @@ def test_a_vocabulary_that_is_wrong_is_told_later(vocabulary: str, tmp_path: Pat
 def test_torch_s_libraries_are_mapped_and_torch_works_with_them() -> None:
     """Without torch, and while Python does something else."""
     code = (
-        "import sys, threading; from rwkv_runtime import beginning, driver;"
+        "import sys; from rwkv_runtime import beginning, driver;"
         "beginning.begin('no.pth', None, 'cpu');"
-        "assert any(isinstance(t, driver.Beginning) for t in threading.enumerate());"
         "driver.wait();"
         "assert 'torch' not in sys.modules;"
         "assert 'libtorch_cpu.so' in open('/proc/self/maps').read();"
@@ -114,6 +120,30 @@ def test_the_interpreter_is_free_meanwhile() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     longest, whole = map(float, done.stdout.split())
     assert longest < whole * 0.8
+
+
+def test_rwkv_run_begins_with_what_it_will_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(beginning, "begin", lambda *arguments: asked.append(arguments))
+    CliRunner().invoke(command, ["Once", "--model", "no.pth", "--vocab", "no.txt", "--device", "cpu"])
+    assert asked == [("no.pth", "no.txt", "cpu")]
+
+
+def test_a_torch_that_cannot_be_imported_ends_it_while_libraries_are_mapped(tmp_path: Path) -> None:
+    """Of which none may be taken down before it is there."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('it is broken')")
+    code = (
+        "import time; from rwkv_runtime import beginning; from rwkv_runtime.cli import main;"
+        "beginning.map_libraries = lambda: time.sleep(60); main()"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(
+        [sys.executable, "-c", code, "Once", "--model", "no.pth", "--device", "cpu"],
+        env=environment, capture_output=True, text=True, check=False, timeout=50,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.endswith("ImportError: it is broken\n")
 
 
 def test_rwkv_run_begins_it_for_a_text_and_not_for_a_table(begun: list[object]) -> None:

@@ -173,6 +173,7 @@ def test_a_setting_of_the_wrong_type_in_the_file_is_refused_in_one_line(line, me
         (["--prompts", "in", "--output", "-"], "--output -: a file is needed"),
         (["--prompts", "-", "--output", "out"], "--prompts -: a file is needed"),
         (["--vocab", ""], "--vocab is empty; give the file's name"),
+        (["--model", ""], "--model is empty; give the file's name"),
         (["--sampler", "nucleus,"], "a sampler's name is missing in 'nucleus,'"),
         (["--sampler", "greedy", "--top-p", "0.5"], "sampler greedy has no parameter 'top_p'"),
         (["--chat", "--trials", "2"], "--chat takes no --trials"),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import sys
+import zipfile
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -52,6 +53,8 @@ def test_any_part_of_a_tensor_is_read_as_it_is(tensors: Mapped, reader: Reader, 
 @on_linux
 def test_what_is_read_is_not_touched(tensors: Mapped, reader: Reader) -> None:
     """Or the system would note each page of it. 32 MiB are 8192."""
+    import resource  # there is none on Windows
+
     to = torch.empty_like(NUMBERS).zero_()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     reader.read(tensors["large"], to)
@@ -63,6 +66,37 @@ def test_what_lies_elsewhere_is_copied_from_there(reader: Reader) -> None:
     to = torch.zeros(10)
     reader.read(torch.arange(10.0), to)
     assert torch.equal(to, torch.arange(10.0))
+
+
+@on_linux
+def test_numbers_that_are_read_with_other_signs_are(tmp_path: Path) -> None:
+    """torch keeps a view that is negative as such, in a file, too."""
+    path = tmp_path / "model.pth"
+    torch.save({"negative": torch._neg_view(torch.arange(9.0))}, path)
+    tensors, to = Mapped(open_tensors(path), path), torch.empty(9)
+    with closing(Reader(path)) as reader:
+        reader.read(tensors["negative"], to)
+    assert to.tolist() == (-torch.arange(9.0)).tolist()
+
+
+@on_linux
+def test_a_file_of_the_other_byte_order_is_read_as_it_is_meant(tmp_path: Path) -> None:
+    """torch turns the bytes round in the memory that is mapped."""
+    path, other = tmp_path / "model.pth", tmp_path / "other.pth"
+    torch.save({"numbers": torch.arange(9.0)}, path)
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(other, "w") as new:
+        for entry in old.infolist():
+            data = old.read(entry)
+            if entry.filename.endswith("/byteorder"):
+                data = b"big" if sys.byteorder == "little" else b"little"
+            if "/data/" in entry.filename:
+                data = np.frombuffer(data, np.float32).byteswap().tobytes()
+            new.writestr(entry.filename, data)
+    tensors, to = Mapped(open_tensors(other), other), torch.empty(9)
+    assert tensors["numbers"].tolist() == list(range(9))
+    with closing(Reader(other)) as reader:
+        reader.read(tensors["numbers"], to)
+    assert to.tolist() == list(range(9))
 
 
 @on_linux
@@ -125,6 +159,20 @@ def test_only_what_lies_in_a_place_as_a_whole_is_of_it() -> None:
     assert Place(range(begin - 50, begin + 100), 7).of(tensor) == 57
     assert Place(range(begin - 50, begin + 99), 7).of(tensor) is None
     assert Place(range(begin + 1, begin + 200), 7).of(tensor) is None
+
+
+def test_names_that_are_written_otherwise_lie_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model"
+    lines = [
+        f"10-20 r--p 00000000 00:00 7 {path} (deleted)",
+        f"20-30 r--p 00000000 00:00 7 /other\r{path}",
+        "30-40 r--p",
+    ]
+    (tmp_path / "maps").write_bytes("".join(f"{line}\n" for line in lines).encode())
+    monkeypatch.setattr(mapped, "MAPS", str(tmp_path / "maps"))
+    assert places(path) == []
+    (tmp_path / "maps").write_text(f"10-20 r--p 00000005 00:00 7   {path}\n")
+    assert places(path) == [Place(range(16, 32), 5)]
 
 
 @pytest.mark.parametrize("nothing", ["no such file", "."])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,9 +30,14 @@ class Graphs:
     A pool is shared only with a graph that is still there: one whose graphs are all gone may be held by what a library
     allocated in it, and refuses another capture.
 
+    Captures take turns in a process, for what PyTorch refuses meanwhile it refuses to all threads: to allocate and to
+    start kernels they are free, but not to wait for the device.
+
     A tick may leave results in its buffers alone: what it allocates is used again by the next graph. All replays go
     through the stream that is current, so those of one thread, or of several on the default stream, never overlap.
     """
+
+    _turn = threading.Lock()
 
     def __init__(self) -> None:
         self._latest: WeakValueDictionary[torch.device, Captured] = WeakValueDictionary()
@@ -42,15 +48,15 @@ class Graphs:
         Raises RuntimeError where the tick waits for the device or does something else that a graph cannot hold.
         """
         device = buffers[0].device
-        with torch.cuda.device(device):
+        with self._turn, torch.cuda.device(device):
             latest = self._latest.get(device)
             pool = latest.graph.pool() if latest else None
             saved = [buffer.clone() for buffer in buffers]
             try:
                 _warm_up(tick)
                 graph = torch.cuda.CUDAGraph()
-                # Other threads may go on. A capture that fails to begin leaves its own stream current: the outer one
-                # is set again.
+                # What other threads do is not part of it. One that fails to begin leaves its own stream current: the
+                # outer one is set again.
                 alone = torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
                 with torch.cuda.stream(torch.cuda.current_stream()), alone, _refusing_to_wait():
                     tick()

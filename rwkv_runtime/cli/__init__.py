@@ -6,6 +6,7 @@ This file loads neither torch nor plugins, so that `--help` is quick.
 from __future__ import annotations
 
 import sys
+import traceback
 from typing import Any
 
 import click
@@ -111,3 +112,6 @@ def main() -> None:
         command(prog_name="rwkv-run")
     except SystemExit as end:
         driver.leave(end.code if isinstance(end.code, int) else 1)
+    except BaseException:  # such as a torch that cannot be imported
+        traceback.print_exc()
+        driver.leave(1)
