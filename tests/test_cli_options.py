@@ -173,7 +173,6 @@ def test_a_setting_of_the_wrong_type_in_the_file_is_refused_in_one_line(line, me
         (["--prompts", "in", "--output", "-"], "--output -: a file is needed"),
         (["--prompts", "-", "--output", "out"], "--prompts -: a file is needed"),
         (["--vocab", ""], "--vocab is empty; give the file's name"),
-        (["--model", ""], "--model is empty; give the file's name"),
         (["--sampler", "nucleus,"], "a sampler's name is missing in 'nucleus,'"),
         (["--sampler", "greedy", "--top-p", "0.5"], "sampler greedy has no parameter 'top_p'"),
         (["--chat", "--trials", "2"], "--chat takes no --trials"),
@@ -191,6 +190,18 @@ def test_what_cannot_be_right_is_one_line_before_the_model_is_looked_for(args: l
     result = invoke(*args, *MISSING)
     assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "status", "message"),
+    [
+        ("", 2, "--model is empty; give the file's name"),
+        (".", 1, ".: a directory; give the .pth or .safetensors file in it"),
+    ],
+)
+def test_a_model_that_cannot_be_one_is_one_line(model: str, status: int, message: str) -> None:
+    result = invoke("Once", "--model", model)
+    assert (result.exit_code, result.stderr) == (status, f"Error: {message}\n")
 
 
 def test_the_last_line_end_of_a_file_and_a_byte_order_mark_are_not_part_of_the_prompt(tmp_path: Path) -> None:
