@@ -49,9 +49,9 @@ def open_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def _size(path: Path) -> int:
-    if path.is_dir():
-        raise CheckpointError(f"{path}: a directory; give the .pth or .safetensors file in it")
     try:
+        if path.is_dir():
+            raise CheckpointError(f"{path}: a directory; give the .pth or .safetensors file in it")
         size = path.stat().st_size
         if not path.is_file():  # opening a pipe could block for ever
             raise CheckpointError(f"{path}: not a regular file")
@@ -61,6 +61,8 @@ def _size(path: Path) -> int:
         raise CheckpointError(f"{path}: no such file") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:  # a name with a null byte
+        raise CheckpointError(f"{str(path)!r}: cannot be read: {error}") from None
     if size == 0:
         raise CheckpointError(f"{path}: the file is empty; was the download interrupted?")
     return size

@@ -221,9 +221,8 @@ def test_a_file_is_read_and_closed_again(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
     monkeypatch.setattr(torch, "empty_like", lambda tensor, device=None, pin_memory=False: like(tensor))
     weights = Ahead(tensors, CPU)
-    monkeypatch.setattr(
-        weights, "_stream", SimpleNamespace(record_event=lambda: event, synchronize=lambda: None), raising=True
-    )
+    stream = SimpleNamespace(record_event=lambda: event, synchronize=lambda: None)
+    monkeypatch.setattr(weights, "_stream", stream)
     before = files()
     with weights:
         assert files() == before + 1
@@ -270,7 +269,7 @@ def test_on_a_gpu_a_file_is_read_and_not_touched(name: str, tmp_path: Path, monk
 
 @needs_cuda
 def test_on_a_gpu_a_file_that_becomes_shorter_is_told(
-    architecture: Architecture, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    architecture: Architecture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "model.pth"
     torch.save(architecture.random(architecture.sizes(2, 1024, 65536)), path)

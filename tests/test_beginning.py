@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from rwkv_runtime import Tokenizer, beginning, driver, tokenizer
+from rwkv_runtime import CheckpointError, Tokenizer, VocabularyError, beginning, driver, tokenizer
+from rwkv_runtime.checkpoint import open_tensors
 from rwkv_runtime.cli import command
 from rwkv_runtime.tokenizer import world_vocabulary
-from rwkv_runtime.vocabulary import load_vocabulary
+from rwkv_runtime.vocabulary import find_vocabulary, load_vocabulary
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere libraries have other names")
 BYTES = Tokenizer.from_tokens({i + 1: bytes([i]) for i in range(256)})
@@ -73,39 +74,40 @@ def test_the_embedded_model_needs_no_more_than_a_driver(begun: list[object], mon
     assert (begun, files) == ([None], [])
 
 
+@pytest.mark.parametrize("vocabulary", ["missing.txt", "damaged.txt"])
+def test_a_vocabulary_that_is_wrong_is_told_by_who_needs_it(
+    vocabulary: str, tmp_path: Path, begun: list[object]
+) -> None:
+    (tmp_path / "damaged.txt").write_text("no vocabulary")
+    beginning.begin(tmp_path / "model.pth", tmp_path / vocabulary, "cpu")
+    assert begun[0] == "cpu"
+    with pytest.raises(VocabularyError, match=vocabulary):
+        load_vocabulary(find_vocabulary(tmp_path / "model.pth", tmp_path / vocabulary, 65536), 65536)
+
+
 @pytest.mark.parametrize("model", ["", ".", "/", "a" * 300, "\0"])
 def test_so_is_a_model_that_cannot_be_one(model: str, begun: list[object]) -> None:
     beginning.begin(model, None, "cpu")
     assert begun[0] == "cpu"
-
-
-@pytest.mark.parametrize("vocabulary", ["missing.txt", "damaged.txt"])
-def test_a_vocabulary_that_is_wrong_is_told_later(vocabulary: str, tmp_path: Path, begun: list[object]) -> None:
-    (tmp_path / "damaged.txt").write_text("no vocabulary")
-    beginning.begin(tmp_path / "model.pth", tmp_path / vocabulary, "cpu")
-    assert begun[0] == "cpu"
+    with pytest.raises(CheckpointError):
+        open_tensors(model)
 
 
 @on_linux
-def test_torch_s_libraries_are_mapped_and_torch_works_with_them() -> None:
-    """Without torch, and while Python does something else."""
+@pytest.mark.parametrize(
+    ("names", "mapped"),
+    [(beginning.LIBRARIES, True), (("no.so", "libtorch.so"), True), (("no.so", "neither.so"), False)],
+)
+def test_torch_works_with_what_libraries_are_mapped(names: tuple[str, str], mapped: bool) -> None:
+    """They are before torch is imported; of what is not there torch finds its own."""
     code = (
-        "import sys; from rwkv_runtime import beginning, driver;"
-        "beginning.begin('no.pth', None, 'cpu');"
-        "driver.wait();"
-        "assert 'torch' not in sys.modules;"
-        "assert 'libtorch_cpu.so' in open('/proc/self/maps').read();"
+        f"import sys; from rwkv_runtime import beginning, driver; beginning.LIBRARIES = {names};"
+        "beginning.begin('no.pth', None, 'cpu'); driver.wait();"
+        "print('torch' in sys.modules, 'libtorch_cpu.so' in open('/proc/self/maps').read());"
         "import torch; print(int(torch.arange(5).sum()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.stdout, done.stderr) == ("10\n", "")
-
-
-@on_linux
-@pytest.mark.parametrize("names", [("no.so", "neither.so"), ("no.so", "libtorch.so")])
-def test_what_cannot_be_mapped_is_none_of_its_business(names: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(beginning, "LIBRARIES", names)
-    beginning.map_libraries()
+    assert (done.stdout, done.stderr) == (f"False {mapped}\n10\n", "")
 
 
 @on_linux

@@ -112,6 +112,6 @@ def main() -> None:
         command(prog_name="rwkv-run")
     except SystemExit as end:
         driver.leave(end.code if isinstance(end.code, int) else 1)
-    except BaseException:  # such as a torch that cannot be imported
+    except Exception:  # such as of a torch that cannot be imported; Python's own end would wait for what is beginning
         traceback.print_exc()
         driver.leave(1)
