@@ -6,6 +6,7 @@ import ctypes
 import os
 import sys
 from contextlib import suppress
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,24 +15,27 @@ from rwkv_runtime.errors import VocabularyError
 
 LIBRARIES = ("libtorch_global_deps.so", "libtorch.so")
 """torch's own, in its order, with all that they depend on; what the first has, all may use."""
+MODULES = ("torchgen.model", "unittest.mock")
+"""Large ones that torch imports and that need nothing of it."""
 
 
 def begin(model: str | os.PathLike[str] | None, vocab: str | os.PathLike[str] | None, device: str | None) -> None:
     """For a `load` with these arguments, in which what fails here fails, too, and is told.
 
-    A GPU's driver begins in a thread. In another torch's libraries are mapped, and meanwhile the vocabulary is read;
-    the embedded model's is too small for that. A process that has begun ends by `driver.leave`, or after `driver.wait`.
+    A GPU's driver begins in a thread. In another torch's libraries are mapped; meanwhile the vocabulary is read, and
+    modules are imported that torch will need. A process that has begun ends by `driver.leave`, or after `driver.wait`.
     """
     driver.begin(device)
-    if model is None:
-        return
-    with suppress(VocabularyError, OSError, ValueError):
-        from rwkv_runtime.tokenizer import load_tokenizer
-        from rwkv_runtime.vocabulary import expected_vocabulary
+    from rwkv_runtime.tokenizer import load_tokenizer
+    from rwkv_runtime.vocabulary import expected_vocabulary
 
-        words = expected_vocabulary(model, vocab)
-        driver.Beginning(map_libraries).start()  # after what this thread imports: one library is loaded at a time
-        load_tokenizer(words)
+    driver.Beginning(map_libraries).start()  # after what this thread imports: one library is loaded at a time
+    if model is not None:  # the embedded model's is small
+        with suppress(VocabularyError, OSError, ValueError):
+            load_tokenizer(expected_vocabulary(model, vocab))
+    for name in MODULES:
+        with suppress(ImportError):  # another version of torch may not have it
+            import_module(name)
 
 
 def map_libraries() -> None:

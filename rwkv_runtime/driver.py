@@ -17,29 +17,41 @@ LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 TURN = 0.0002
 """Seconds that Python's threads have in turn while that one hashes: it asks 800 times, each time waiting for a turn to
 end, which is 0.005 s otherwise."""
+Call = Callable[..., int]
+"""Of the driver; 0 is success."""
 
 
 class Beginning(threading.Thread):
     """It is known by its class wherever it is asked for."""
 
-    def __init__(self, work: Callable[..., None], *arguments: int) -> None:
+    def __init__(self, work: Callable[..., None], *arguments: object) -> None:
         super().__init__(target=work, args=arguments, daemon=True)
 
 
-def begin(device: str | None = None) -> Beginning | None:
-    """Has the driver make the context that torch will use on `device` ("cuda", "cuda:N"; None is "cuda"). Then Triton
-    hashes itself, 400 MB, as it would before it loads its first kernel, and keeps that.
+def begin(device: str | None = None) -> None:
+    """Has the driver make the context that torch will use on `device` ("cuda", "cuda:N"; None is "cuda"), in a thread,
+    and in another Triton hash itself, 400 MB, as it would before it loads its first kernel, and keeps that.
 
-    The thread that does so, or None where the device is another or torch is one without CUDA. What fails there fails in
-    torch, too, and is told by it: a machine without the driver is one without a GPU.
+    It does nothing where the device is another, torch is one without CUDA, or there is no driver: then there is no GPU.
+    What fails there fails in torch, too, and is told by it.
     """
     chosen = re.fullmatch(r"cuda(?::(\d{1,4}))?", "cuda" if device is None else device)
     if not chosen or not _torch_has_cuda():
-        return None
+        return
     os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")  # torch's own choice, which the driver reads as it begins
-    thread = Beginning(_begin, int(chosen[1] or 0))
-    thread.start()
-    return thread
+    # Loaded, and looked up, here: while a thread loads other libraries either would wait, and hold the interpreter.
+    try:
+        library = ctypes.CDLL(LIBRARY)
+        calls = library.cuInit, library.cuDeviceGet, library.cuDevicePrimaryCtxRetain
+    except (OSError, AttributeError):
+        return
+    Beginning(_make_context, *calls, int(chosen[1] or 0)).start()
+    try:
+        from triton.runtime.cache import triton_key
+    except Exception as error:  # none, a broken one, of which a backend will tell that needs it, or another version
+        _cannot_begin(error)
+    else:
+        Beginning(_in_short_turns, triton_key).start()
 
 
 def wait() -> None:
@@ -65,30 +77,23 @@ def _torch_has_cuda() -> bool:
     return bool(torch and torch.origin and any((Path(torch.origin).parent / "lib").glob("*torch_cuda.*")))
 
 
-def _begin(index: int) -> None:
-    if not _make_context(index) or find_spec("triton") is None:
-        return
+def _make_context(init: Call, get: Call, retain: Call, index: int) -> None:
+    """The primary context of a device is one for all libraries, and stays until the process ends."""
+    device, context = ctypes.c_int(), ctypes.c_void_p()  # these calls do not hold the interpreter
+    if init(0) == 0 and get(ctypes.byref(device), index) == 0:
+        retain(ctypes.byref(context), device)
+
+
+def _in_short_turns(triton_key: Callable[[], str]) -> None:
     turn = sys.getswitchinterval()
     sys.setswitchinterval(TURN)
     try:
-        from triton.runtime import cache
-
-        cache.triton_key()
-    except Exception as error:  # a broken one, of which a backend will tell that needs it, or another version
-        logging.getLogger("rwkv_runtime").debug(f"Triton cannot begin: {error}")
+        triton_key()
+    except Exception as error:  # a thread's would be shown
+        _cannot_begin(error)
     finally:
         sys.setswitchinterval(turn)
 
 
-def _make_context(index: int) -> bool:
-    """Whether it did. The primary context of a device is one for all libraries, and stays until the process ends."""
-    try:
-        driver = ctypes.CDLL(LIBRARY)  # its calls do not hold the interpreter
-    except OSError:
-        return False
-    device, context = ctypes.c_int(), ctypes.c_void_p()
-    return bool(
-        driver.cuInit(0) == 0
-        and driver.cuDeviceGet(ctypes.byref(device), index) == 0
-        and driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device) == 0
-    )
+def _cannot_begin(error: Exception) -> None:
+    logging.getLogger("rwkv_runtime").debug(f"Triton cannot begin: {error}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -64,14 +66,40 @@ def test_the_vocabulary_is_read_once(tmp_path: Path, begun: list[object], monkey
 def test_a_driver_begins_first(tmp_path: Path, begun: list[object]) -> None:
     beginning.begin(tmp_path / "model.pth", None, "cuda:1")
     driver.wait()
-    assert begun == ["cuda:1", *(["libraries"] if sys.platform == "linux" else [])]
+    assert begun == ["cuda:1", "libraries"]
 
 
-def test_the_embedded_model_needs_no_more_than_a_driver(begun: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_embedded_models_vocabulary_is_not_read_before(
+    begun: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is small, and in no file of its own."""
     files = read(monkeypatch)
     beginning.begin(None, None, None)
     driver.wait()
-    assert (begun, files) == ([None], [])
+    assert (begun, files) == ([None, "libraries"], [])
+
+
+def test_modules_are_imported_that_torch_imports_and_that_do_not_import_it() -> None:
+    """On their own, they cost what they save."""
+    before = "from rwkv_runtime import beginning, driver; beginning.map_libraries = lambda: None; "
+    after = "import sys; print({*beginning.MODULES} <= {*sys.modules}, 'torch' in sys.modules)"
+    for code, seen in (
+        (f"beginning.begin(None, None, 'cpu'); {after}", "True False"),
+        (f"import torch; {after}", "True True"),
+    ):
+        done = subprocess.run([sys.executable, "-c", before + code], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == seen
+
+
+@pytest.mark.parametrize("name", ["no_such_module", "rwkv_runtime.no_such_module"])
+def test_one_that_torch_does_without_is_none_of_its_business(
+    name: str, begun: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(beginning, "MODULES", (name, "this"))
+    monkeypatch.delitem(sys.modules, "this", raising=False)
+    with redirect_stdout(StringIO()):  # it is a poem
+        beginning.begin(None, None, "cpu")
+    assert "this" in sys.modules
 
 
 @pytest.mark.parametrize("vocabulary", ["missing.txt", "damaged.txt"])
@@ -152,4 +180,4 @@ def test_rwkv_run_begins_it_for_a_text_and_not_for_a_table(begun: list[object]) 
     CliRunner().invoke(command, ["--backends"])
     assert begun == []
     assert CliRunner().invoke(command, ["Once", "--device", "cpu", "-n", "1", "-q"]).exit_code == 0
-    assert begun == ["cpu"]
+    assert begun == ["cpu", "libraries"]
