@@ -25,6 +25,7 @@ def begin(model: str | os.PathLike[str] | None, vocab: str | os.PathLike[str] | 
     A GPU's driver begins in a thread. In another torch's libraries are mapped; meanwhile the vocabulary is read, and
     modules are imported that torch will need. A process that has begun ends by `driver.leave`, or after `driver.wait`.
     """
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")  # or numpy has each core spin for 0.1 s as it is loaded
     driver.begin(device)
     from rwkv_runtime.tokenizer import load_tokenizer
     from rwkv_runtime.vocabulary import expected_vocabulary

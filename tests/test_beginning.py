@@ -102,6 +102,17 @@ def test_one_that_torch_does_without_is_none_of_its_business(
     assert "this" in sys.modules
 
 
+@pytest.mark.parametrize(("given", "kept"), [({}, "4"), ({"OPENBLAS_THREAD_TIMEOUT": "20"}, "20")])
+def test_numpys_threads_do_not_spin_unless_they_are_asked_to(
+    given: dict[str, str], kept: str, begun: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its library reads the variable as it is loaded."""
+    environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_THREAD_TIMEOUT"}
+    monkeypatch.setattr(os, "environ", environment | given)
+    beginning.begin(None, None, "cpu")
+    assert os.environ["OPENBLAS_THREAD_TIMEOUT"] == kept
+
+
 @pytest.mark.parametrize("vocabulary", ["missing.txt", "damaged.txt"])
 def test_a_vocabulary_that_is_wrong_is_told_by_who_needs_it(
     vocabulary: str, tmp_path: Path, begun: list[object]
