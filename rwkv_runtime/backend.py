@@ -11,7 +11,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from rwkv_runtime.model import Architecture, Model
+from rwkv_runtime.model import Model
 from rwkv_runtime.state import State
 
 
@@ -62,11 +62,12 @@ class Backend(ABC):
         """
         return None
 
-    def warm_up(self, architecture: Architecture, device: torch.device, blank: Callable[[], Model]) -> None:  # noqa: B027
+    def warm_up(self, device: torch.device, blank: Callable[[], Model]) -> None:  # noqa: B027
         """What takes long before `forward` and needs no weights: libraries, compilers.
 
-        `blank()` makes a model like the one to come, but of two layers, few ids and zeros (`blank.py`). Called in a
-        thread of its own while the weights are read; it may be left out. What it raises is not shown.
+        Called in a thread of its own while a file is opened and its weights are read; what it raises is not shown.
+        `blank()` waits until the file is open, and makes a model like the one to come, but of two layers, few ids and
+        zeros (`blank.py`). It raises CancelledError where there will be no model, or hardly room for a second one.
         """
 
     @abstractmethod

@@ -7,7 +7,8 @@ import operator
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,7 @@ from rwkv_runtime.engine import Engine
 from rwkv_runtime.errors import BackendError, OptionError, RwkvError, StateError
 from rwkv_runtime.generation import Generation, Request
 from rwkv_runtime.mapped import Mapped
-from rwkv_runtime.model import Architecture, Model
+from rwkv_runtime.model import Model
 from rwkv_runtime.plugins import Plugins
 from rwkv_runtime.settings import check_quant, parse_device, parse_dtype, parse_state_dtype
 from rwkv_runtime.state import State
@@ -68,17 +69,30 @@ def load(
     path = embedded_model() if path is None else path
     if sha256:
         check_sha256(path, sha256)
-    tensors = Mapped(open_tensors(path), path)
-    architecture, config = recognise(tensors, plugins.architectures, str(path))
-    words = find_vocabulary(path, vocab, config.vocab_size)  # a missing one is told before gigabytes are read
     numbered = torch.empty(0, device=where).device  # a thread has a current device of its own
-    with ThreadPoolExecutor(2) as beside:  # what is read meanwhile does not hold the interpreter
-        blank = partial(blank_model, tensors, architecture, config, numbered, kind or own_dtype(tensors), kept)
+    with ThreadPoolExecutor(2) as beside, _promised() as blank:  # what is read meanwhile does not hold the interpreter
+        beside.submit(_warm_up, in_order(plugins, backend), numbered, blank)
+        tensors = Mapped(open_tensors(path), path)
+        architecture, config = recognise(tensors, plugins.architectures, str(path))
+        words = find_vocabulary(path, vocab, config.vocab_size)  # a missing one is told before gigabytes are read
         if _room(tensors, numbered):
-            beside.submit(_warm_up, in_order(plugins, backend), architecture, numbered, blank)
+            like = kind or own_dtype(tensors)
+            blank.set_result(partial(blank_model, tensors, architecture, config, numbered, like, kept))
+        else:
+            blank.cancel()
         tokenizer = beside.submit(load_vocabulary, words, config.vocab_size)
         model = build_model(tensors, [architecture], where, kind, str(path), progress, quant, kept)
     return Runtime(model, tokenizer.result(), plugins, backend)
+
+
+@contextmanager
+def _promised() -> Iterator[Future[Callable[[], Model]]]:
+    """A future for whose result nobody waits when this is left."""
+    future = Future[Callable[[], Model]]()
+    try:
+        yield future
+    finally:
+        future.cancel()
 
 
 def in_order(plugins: Plugins, name: str = AUTO) -> list[Backend]:
@@ -96,14 +110,12 @@ def _room(tensors: Mapping[str, Tensor], device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.mem_get_info(device)[0] > needed
 
 
-def _warm_up(
-    candidates: Sequence[Backend], architecture: Architecture, device: torch.device, blank: Callable[[], Model]
-) -> None:
+def _warm_up(candidates: Sequence[Backend], device: torch.device, blank: Future[Callable[[], Model]]) -> None:
     """Warms up the first that is usable on this machine. What fails here fails in its `forward`, too, and is told."""
     backend = next((b for b in candidates if why_not(b, None) is None), None)
     if backend and type(backend).warm_up is not Backend.warm_up:
         driver.wait()
-        backend.warm_up(architecture, device, blank)
+        backend.warm_up(device, lambda: blank.result()())
 
 
 def load_plugins() -> Plugins:

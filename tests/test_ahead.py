@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from rwkv_backends.eager import Eager
 from safetensors.torch import save_file
 
 import rwkv_runtime
-from rwkv_runtime import Architecture, CheckpointError, Model, Plugins, Tokenizer, ahead, driver
+from rwkv_runtime import Architecture, CheckpointError, Model, Plugins, Tokenizer, ahead, driver, runtime
 from rwkv_runtime.ahead import Ahead
 from rwkv_runtime.blank import IDS, blank_model
 from rwkv_runtime.checkpoint import open_tensors
@@ -111,10 +112,13 @@ class WarmsUp(Eager):
     priority = 99
 
     def __init__(self) -> None:
+        self.begun = threading.Event()
         self.calls: list[tuple[str, str, bool]] = []
         self.collecting: bool | None = None
 
-    def warm_up(self, architecture: Architecture, device: torch.device, blank: Callable[[], Model]) -> None:
+    def warm_up(self, device: torch.device, blank: Callable[[], Model]) -> None:
+        self.begun.set()
+        architecture = blank().architecture
         assert blank().config.n_layer == 2
         self.collecting = gc.isenabled()
         beside = threading.current_thread() is not threading.main_thread()
@@ -135,6 +139,55 @@ def test_the_backend_to_be_used_warms_up_while_a_model_is_loaded(
     assert (backend.collecting, gc.isenabled()) == (False, True)
     rwkv_runtime.load(tmp_path / "model.pth", device="cpu", backend="eager", plugins=plugins)
     assert len(backend.calls) == 1
+
+
+class Awaits(WarmsUp):
+    """Has begun before a file is opened, and then is told whether there is a model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[str] = []
+
+    def warm_up(self, device: torch.device, blank: Callable[[], Model]) -> None:
+        self.begun.set()
+        try:
+            self.told.append(blank().architecture.name)
+        except CancelledError:
+            self.told.append("cancelled")
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_what_warms_up_begins_before_the_file_is_open(
+    room: bool,
+    checkpoint: Tensors,
+    architecture: Architecture,
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plugins, backend = Plugins.load(), Awaits()
+    plugins.backends.add(backend, "test")
+    torch.save(checkpoint, tmp_path / "model.pth")
+    tokenizer.to_file(tmp_path / "model.vocab.txt")
+
+    def opened(path: Path) -> dict[str, torch.Tensor]:
+        assert backend.begun.wait(20)
+        assert backend.told == []
+        return open_tensors(path)
+
+    monkeypatch.setattr(runtime, "open_tensors", opened)
+    monkeypatch.setattr(runtime, "_room", lambda tensors, device: room)
+    rwkv_runtime.load(tmp_path / "model.pth", device="cpu", plugins=plugins)
+    assert backend.told == [architecture.name if room else "cancelled"]
+
+
+def test_a_file_that_is_no_checkpoint_keeps_nobody_waiting(tmp_path: Path) -> None:
+    plugins, backend = Plugins.load(), Awaits()
+    plugins.backends.add(backend, "test")
+    (tmp_path / "model.pth").write_text("no checkpoint")
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        rwkv_runtime.load(tmp_path / "model.pth", device="cpu", plugins=plugins)
+    assert backend.told == ["cancelled"]
 
 
 def test_only_a_backend_that_warms_up_waits_for_what_was_begun(

@@ -200,7 +200,7 @@ def test_what_warms_up_is_what_a_model_needs(plugins: Plugins) -> None:
     settle_kernel.device_caches.clear()
     device = torch.device("cuda", 0)
     blank = blank_model(tensors, architecture, model.config, device, torch.bfloat16, torch.float32)
-    backend.warm_up(architecture, device, lambda: blank)
+    backend.warm_up(device, lambda: blank)
     warm = len(settle_kernel.device_caches[0][0])
     backend.forward(model)
     assert warm == len(settle_kernel.device_caches[0][0]) == 2

@@ -173,7 +173,7 @@ def test_a_backend_that_raises_in_forward_is_named(plugins):
 
 def test_a_backend_that_cannot_warm_up_is_named(plugins):
     class Cold(Twin):
-        def warm_up(self, architecture, device, blank):
+        def warm_up(self, device, blank):
             raise OSError("no such library")
 
     with pytest.raises(AssertionError, match="warm_up raises OSError: no such library"):

@@ -19,7 +19,6 @@ from rwkv_backends.graphs import Graphs
 from rwkv_backends.kernels.tuning import Tuning
 from rwkv_backends.prompts import CapturedPrompts, Padded, size_of
 from rwkv_runtime import (
-    Architecture,
     Backend,
     Forward,
     Model,
@@ -76,14 +75,16 @@ class Fused(Backend):
             return "Triton's interpreter multiplies bfloat16 wrongly"
         return None
 
-    def warm_up(self, architecture: Architecture, device: torch.device, blank: Callable[[], Model]) -> None:
+    def warm_up(self, device: torch.device, blank: Callable[[], Model]) -> None:
         """Triton and cuBLAS begin while kernels are imported. Then these are loaded, one after another."""
-        if device.type == "cuda" and architecture.name in FAMILIES:
+        if device.type == "cuda":
             with ThreadPoolExecutor(2) as beside:
                 beside.submit(_begin_triton)
                 beside.submit(_begin_cublas, device)
-                import_module(FAMILIES[architecture.name])
                 model = blank()
+                if model.architecture.name not in FAMILIES:
+                    return
+                import_module(FAMILIES[model.architecture.name])
             self._begin(model)
 
     def forward(self, model: Model) -> Forward:

@@ -82,7 +82,7 @@ def _problems(trial: _Trial) -> Iterator[str]:
             yield f"cannot be used here: {refusal}" if right else f"why_not gives {refusal!r}, not None or one line"
             return
     try:
-        trial.backend.warm_up(trial.model.architecture, trial.model.device, lambda: trial.model)
+        trial.backend.warm_up(trial.model.device, lambda: trial.model)
     except Exception as error:  # whatever a stranger's backend raises is the finding
         yield f"warm_up raises {reason(error)}"
     try:
