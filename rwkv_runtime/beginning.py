@@ -17,6 +17,8 @@ LIBRARIES = ("libtorch_global_deps.so", "libtorch.so")
 """torch's own, in its order, with all that they depend on; what the first has, all may use."""
 MODULES = ("torchgen.model", "unittest.mock")
 """Large ones that torch imports and that need nothing of it."""
+OF_TRITON = ("triton.experimental.gluon",)
+"""What Triton imports before its first kernel."""
 
 
 def begin(model: str | os.PathLike[str] | None, vocab: str | os.PathLike[str] | None, device: str | None) -> None:
@@ -34,8 +36,8 @@ def begin(model: str | os.PathLike[str] | None, vocab: str | os.PathLike[str] | 
     if model is not None:  # the embedded model's is small
         with suppress(VocabularyError, OSError, ValueError):
             load_tokenizer(expected_vocabulary(model, vocab))
-    for name in MODULES:
-        with suppress(ImportError):  # another version of torch may not have it
+    for name in (*MODULES, *(OF_TRITON if "triton" in sys.modules else ())):
+        with suppress(ImportError):  # another version may not have it
             import_module(name)
 
 

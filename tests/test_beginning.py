@@ -6,8 +6,10 @@ import os
 import subprocess
 import sys
 from contextlib import redirect_stdout
+from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from click.testing import CliRunner
@@ -88,6 +90,34 @@ def test_modules_are_imported_that_torch_imports_and_that_do_not_import_it() -> 
         (f"import torch; {after}", "True True"),
     ):
         done = subprocess.run([sys.executable, "-c", before + code], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == seen
+
+
+@pytest.mark.parametrize("triton", [True, False])
+def test_what_triton_imports_is_imported_where_it_has_begun(
+    triton: bool, begun: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    imported: list[str] = []
+    monkeypatch.setattr(beginning, "import_module", imported.append)
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
+    if triton:
+        monkeypatch.setitem(sys.modules, "triton", ModuleType("triton"))
+    beginning.begin(None, None, "cuda")
+    assert imported == [*beginning.MODULES, *(beginning.OF_TRITON if triton else ())]
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_triton_imports_it_for_a_kernels_first_argument_or_before() -> None:
+    """Of its own it does not import torch."""
+    own = "import triton; from importlib import import_module; [*map(import_module, beginning.OF_TRITON)]"
+    argument = (
+        "from triton.runtime import jit; from triton.backends.compiler import BaseBackend; "
+        "jit.native_specialize_impl(BaseBackend, 1, False, True, True)"
+    )
+    for code, seen in ((own, "True False"), (argument, "True True")):
+        after = "print({*beginning.OF_TRITON} <= {*sys.modules}, 'torch' in sys.modules)"
+        whole = f"import sys; from rwkv_runtime import beginning; {code}; {after}"
+        done = subprocess.run([sys.executable, "-c", whole], capture_output=True, text=True, check=True)
         assert done.stdout.strip() == seen
 
 

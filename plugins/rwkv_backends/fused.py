@@ -178,13 +178,14 @@ def free_bytes(device: torch.device) -> int:
 
 def _begin_triton() -> None:
     """What it does before its first kernel, and keeps: a hash of its 400 MB, which a Triton that has it elsewhere makes
-    then, and a driver."""
+    then, a driver, and its assembler's version."""
+    from triton.compiler import make_backend
     from triton.runtime import cache, driver
 
     key = getattr(cache, "triton_key", None)
     if key is not None:
         key()
-    _ = driver.active
+    make_backend(driver.active.get_current_target()).hash()
 
 
 def _begin_cublas(device: torch.device) -> None:
