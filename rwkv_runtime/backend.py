@@ -65,9 +65,10 @@ class Backend(ABC):
     def warm_up(self, device: torch.device, blank: Callable[[], Model]) -> None:  # noqa: B027
         """What takes long before `forward` and needs no weights: libraries, compilers.
 
-        Called in a thread of its own while a file is opened and its weights are read; what it raises is not shown.
-        `blank()` waits until the file is open, and makes a model like the one to come, but of two layers, few ids and
-        zeros (`blank.py`). It raises CancelledError where there will be no model, or hardly room for a second one.
+        Called in a thread of its own while a file is opened and its weights are read; what it raises is logged, at the
+        level of debugging. `blank()` waits until the file is open, and makes a model like the one to come, but of two
+        layers, few ids and zeros (`blank.py`). It raises CancelledError where the file is wrong, or where a GPU has
+        hardly room for a second model.
         """
 
     @abstractmethod

@@ -37,7 +37,7 @@ def begin(model: str | os.PathLike[str] | None, vocab: str | os.PathLike[str] | 
         with suppress(VocabularyError, OSError, ValueError):
             load_tokenizer(expected_vocabulary(model, vocab))
     for name in (*MODULES, *(OF_TRITON if "triton" in sys.modules else ())):
-        with suppress(ImportError):  # another version may not have it
+        with suppress(Exception):  # who needs it imports it again, and tells what is wrong
             import_module(name)
 
 

@@ -32,7 +32,7 @@ def open_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Which of the two it is, is read from the file, not from its name. Raises CheckpointError.
     """
     path = Path(path)
-    size = _size(path)
+    size = check_file(path)
     with path.open("rb") as file:
         head = file.read(9)
     if head.startswith(b"PK\x03\x04"):
@@ -48,7 +48,9 @@ def open_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return _check_tensors(path, size, tensors)
 
 
-def _size(path: Path) -> int:
+def check_file(path: str | os.PathLike[str]) -> int:
+    """Its size in bytes. Raises CheckpointError for what cannot be a checkpoint: it is missing, say, or empty."""
+    path = Path(path)
     try:
         if path.is_dir():
             raise CheckpointError(f"{path}: a directory; give the .pth or .safetensors file in it")
@@ -101,7 +103,7 @@ def _open_zip(path: Path) -> Mapping[str, object]:
 def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The memory-mapped tensors and the metadata of a safetensors file. Raises CheckpointError."""
     path = Path(path)
-    size = _size(path)
+    size = check_file(path)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > min(MAX_INDEX, size - 8):
@@ -147,7 +149,7 @@ def _check_tensors(path: Path, size: int, loaded: Mapping[str, object]) -> dict[
 def check_sha256(path: str | os.PathLike[str], expected: str) -> None:
     """Raises CheckpointError unless the file's SHA-256 is `expected` (hexadecimal)."""
     path = Path(path)
-    _size(path)
+    check_file(path)
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

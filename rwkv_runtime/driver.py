@@ -1,4 +1,4 @@
-"""What begins in threads while Python imports torch: a GPU's driver, which is needed only afterwards."""
+"""What begins in threads while Python imports torch: a GPU's driver, and Triton, which are needed only afterwards."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typing import NoReturn
 
 LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 TURN = 0.0002
-"""Seconds that Python's threads have in turn while that one hashes: it asks 800 times, each time waiting for a turn to
-end, which is 0.005 s otherwise."""
+"""Seconds that Python's threads have in turn while Triton hashes itself: its thread asks 800 times, each time waiting
+for a turn to end, which is 0.005 s otherwise."""
 Call = Callable[..., int]
 """Of the driver; 0 is success."""
 
@@ -29,14 +29,14 @@ class Beginning(threading.Thread):
 
 
 def begin(device: str | None = None) -> None:
-    """Has the driver make the context that torch will use on `device` ("cuda", "cuda:N"; None is "cuda"), in a thread,
-    and in another Triton hash itself, 400 MB, as it would before it loads its first kernel, and keeps that.
+    """Has the driver make the context that torch will use on `device` ("cuda", "cuda:N"; None is "cuda"), in a thread.
 
-    It does nothing where the device is another, torch is one without CUDA, or there is no driver: then there is no GPU.
-    What fails there fails in torch, too, and is told by it.
+    In another, Triton hashes itself, 400 MB, which it would do before it loads its first kernel. Nothing begins where
+    the device is another, torch is one without CUDA, there is no driver, or no GPU is to be seen. What fails there
+    fails in torch, too, and is told by it.
     """
     chosen = re.fullmatch(r"cuda(?::(\d{1,4}))?", "cuda" if device is None else device)
-    if not chosen or not _torch_has_cuda():
+    if not chosen or not _torch_has_cuda() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return
     os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")  # torch's own choice, which the driver reads as it begins
     # Loaded, and looked up, here: while a thread loads other libraries either would wait, and hold the interpreter.
@@ -48,7 +48,7 @@ def begin(device: str | None = None) -> None:
     Beginning(_make_context, *calls, int(chosen[1] or 0)).start()
     try:
         from triton.runtime.cache import triton_key
-    except Exception as error:  # none, a broken one, of which a backend will tell that needs it, or another version
+    except Exception as error:  # none, or another version, or a broken one, of which a backend tells that needs it
         _cannot_begin(error)
     else:
         Beginning(_in_short_turns, triton_key).start()

@@ -7,7 +7,7 @@ import operator
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -18,7 +18,15 @@ from torch import Tensor
 from rwkv_runtime import collector, driver
 from rwkv_runtime.backend import Backend, as_chunk, chunk_size
 from rwkv_runtime.blank import blank_model
-from rwkv_runtime.checkpoint import Progress, build_model, check_sha256, open_tensors, own_dtype, recognise
+from rwkv_runtime.checkpoint import (
+    Progress,
+    build_model,
+    check_file,
+    check_sha256,
+    open_tensors,
+    own_dtype,
+    recognise,
+)
 from rwkv_runtime.embedded import embedded_model
 from rwkv_runtime.engine import Engine
 from rwkv_runtime.errors import BackendError, OptionError, RwkvError, StateError
@@ -69,8 +77,9 @@ def load(
     path = embedded_model() if path is None else path
     if sha256:
         check_sha256(path, sha256)
+    check_file(path)  # a wrong name is told at once, other mistakes when what warms up has ended: on a GPU 0.2 s
     numbered = torch.empty(0, device=where).device  # a thread has a current device of its own
-    with ThreadPoolExecutor(2) as beside, _promised() as blank:  # what is read meanwhile does not hold the interpreter
+    with ThreadPoolExecutor(2) as beside, _promised() as blank:
         beside.submit(_warm_up, in_order(plugins, backend), numbered, blank)
         tensors = Mapped(open_tensors(path), path)
         architecture, config = recognise(tensors, plugins.architectures, str(path))
@@ -80,6 +89,7 @@ def load(
             blank.set_result(partial(blank_model, tensors, architecture, config, numbered, like, kept))
         else:
             blank.cancel()
+        # What is read meanwhile does not hold the interpreter.
         tokenizer = beside.submit(load_vocabulary, words, config.vocab_size)
         model = build_model(tensors, [architecture], where, kind, str(path), progress, quant, kept)
     return Runtime(model, tokenizer.result(), plugins, backend)
@@ -105,7 +115,7 @@ def in_order(plugins: Plugins, name: str = AUTO) -> list[Backend]:
 
 
 def _room(tensors: Mapping[str, Tensor], device: torch.device) -> bool:
-    """Whether a GPU has memory for more than the weights, so that what warms up does not take it from them."""
+    """Whether a GPU has memory for more than the weights, so that a blank model does not take it from them."""
     needed = WARM_ROOM * sum(tensor.nbytes for tensor in tensors.values())
     return device.type != "cuda" or torch.cuda.mem_get_info(device)[0] > needed
 
@@ -115,7 +125,12 @@ def _warm_up(candidates: Sequence[Backend], device: torch.device, blank: Future[
     backend = next((b for b in candidates if why_not(b, None) is None), None)
     if backend and type(backend).warm_up is not Backend.warm_up:
         driver.wait()
-        backend.warm_up(device, lambda: blank.result()())
+        try:
+            backend.warm_up(device, lambda: blank.result()())
+        except CancelledError:
+            return
+        except Exception as error:
+            logger.debug(f"backend {backend.name} cannot warm up: {error}")
 
 
 def load_plugins() -> Plugins:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import sys
 import threading
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ import rwkv_runtime
 from rwkv_runtime import Architecture, CheckpointError, Model, Plugins, Tokenizer, ahead, driver, runtime
 from rwkv_runtime.ahead import Ahead
 from rwkv_runtime.blank import IDS, blank_model
-from rwkv_runtime.checkpoint import open_tensors
+from rwkv_runtime.checkpoint import build_model, open_tensors
 from rwkv_runtime.mapped import Mapped, Reader
 from rwkv_runtime.runtime import _room
 
@@ -123,19 +125,25 @@ class WarmsUp(Eager):
         self.collecting = gc.isenabled()
         beside = threading.current_thread() is not threading.main_thread()
         self.calls.append((architecture.name, device.type, beside))
-        raise RuntimeError("nobody is told")
+        raise RuntimeError("it is told to who asks")
 
 
 def test_the_backend_to_be_used_warms_up_while_a_model_is_loaded(
-    checkpoint: Tensors, architecture: Architecture, tokenizer: Tokenizer, tmp_path: Path
+    checkpoint: Tensors,
+    architecture: Architecture,
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     plugins, backend = Plugins.load(), WarmsUp()
     plugins.backends.add(backend, "test")
     torch.save(checkpoint, tmp_path / "model.pth")
     tokenizer.to_file(tmp_path / "model.vocab.txt")
-    runtime = rwkv_runtime.load(tmp_path / "model.pth", device="cpu", plugins=plugins)
+    with caplog.at_level(logging.DEBUG, "rwkv_runtime"):
+        loaded = rwkv_runtime.load(tmp_path / "model.pth", device="cpu", plugins=plugins)
     assert backend.calls == [(architecture.name, "cpu", True)]
-    assert runtime.backend is backend
+    assert loaded.backend is backend
+    assert caplog.messages == ["backend warm cannot warm up: it is told to who asks"]
     assert (backend.collecting, gc.isenabled()) == (False, True)
     rwkv_runtime.load(tmp_path / "model.pth", device="cpu", backend="eager", plugins=plugins)
     assert len(backend.calls) == 1
@@ -147,6 +155,7 @@ class Awaits(WarmsUp):
     def __init__(self) -> None:
         super().__init__()
         self.told: list[str] = []
+        self.ended = threading.Event()
 
     def warm_up(self, device: torch.device, blank: Callable[[], Model]) -> None:
         self.begun.set()
@@ -154,6 +163,9 @@ class Awaits(WarmsUp):
             self.told.append(blank().architecture.name)
         except CancelledError:
             self.told.append("cancelled")
+            raise
+        finally:
+            self.ended.set()
 
 
 @pytest.mark.parametrize("room", [True, False])
@@ -175,19 +187,40 @@ def test_what_warms_up_begins_before_the_file_is_open(
         assert backend.told == []
         return open_tensors(path)
 
+    def built(*arguments: Any) -> Model:
+        assert backend.ended.wait(20)  # before the model is made
+        return build_model(*arguments)
+
     monkeypatch.setattr(runtime, "open_tensors", opened)
+    monkeypatch.setattr(runtime, "build_model", built)
     monkeypatch.setattr(runtime, "_room", lambda tensors, device: room)
     rwkv_runtime.load(tmp_path / "model.pth", device="cpu", plugins=plugins)
     assert backend.told == [architecture.name if room else "cancelled"]
 
 
-def test_a_file_that_is_no_checkpoint_keeps_nobody_waiting(tmp_path: Path) -> None:
-    plugins, backend = Plugins.load(), Awaits()
+def test_a_file_that_is_no_checkpoint_keeps_nobody_waiting(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plugins, backend, told = Plugins.load(), Awaits(), list[CheckpointError]()
     plugins.backends.add(backend, "test")
     (tmp_path / "model.pth").write_text("no checkpoint")
-    with pytest.raises(CheckpointError, match="not a checkpoint"):
+
+    def load() -> None:
+        with pytest.raises(CheckpointError, match="not a checkpoint") as error:
+            rwkv_runtime.load(tmp_path / "model.pth", device="cpu", plugins=plugins)
+        told.append(error.value)
+
+    thread = threading.Thread(target=load, daemon=True)
+    with caplog.at_level(logging.DEBUG, "rwkv_runtime"):
+        thread.start()
+        thread.join(20)
+    assert (len(told), backend.told, caplog.messages) == (1, ["cancelled"], [])
+
+
+def test_a_wrong_name_waits_for_nothing_to_warm_up(tmp_path: Path) -> None:
+    plugins, backend = Plugins.load(), Awaits()
+    plugins.backends.add(backend, "test")
+    with pytest.raises(CheckpointError, match="no such file"):
         rwkv_runtime.load(tmp_path / "model.pth", device="cpu", plugins=plugins)
-    assert backend.told == ["cancelled"]
+    assert not backend.begun.is_set()
 
 
 def test_only_a_backend_that_warms_up_waits_for_what_was_begun(
@@ -205,7 +238,7 @@ def test_only_a_backend_that_warms_up_waits_for_what_was_begun(
 
 
 @pytest.mark.parametrize(("free", "room"), [(1249, False), (1250, False), (1251, True)])
-def test_nothing_warms_up_where_a_gpu_has_hardly_room_for_the_weights(
+def test_there_is_no_blank_model_where_a_gpu_has_hardly_room_for_the_weights(
     free: int, room: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10_000))

@@ -1,13 +1,11 @@
-"""What begins before torch is imported: a driver, torch's libraries, the vocabulary."""
+"""What begins before torch is imported: a driver, torch's libraries, the vocabulary, modules."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from contextlib import redirect_stdout
 from importlib.util import find_spec
-from io import StringIO
 from pathlib import Path
 from types import ModuleType
 
@@ -28,6 +26,7 @@ BYTES = Tokenizer.from_tokens({i + 1: bytes([i]) for i in range(256)})
 def begun(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """What is begun, in order; nothing really is but the vocabulary."""
     begun: list[object] = []
+    monkeypatch.setenv("OPENBLAS_THREAD_TIMEOUT", "4")
     monkeypatch.setattr(driver, "begin", begun.append)
     monkeypatch.setattr(beginning, "map_libraries", lambda: begun.append("libraries"))
     return begun
@@ -121,26 +120,40 @@ def test_triton_imports_it_for_a_kernels_first_argument_or_before() -> None:
         assert done.stdout.strip() == seen
 
 
-@pytest.mark.parametrize("name", ["no_such_module", "rwkv_runtime.no_such_module"])
-def test_one_that_torch_does_without_is_none_of_its_business(
-    name: str, begun: list[object], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [ImportError, AttributeError])
+def test_one_that_cannot_be_imported_is_told_by_who_needs_it(
+    error: type[Exception], begun: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(beginning, "MODULES", (name, "this"))
-    monkeypatch.delitem(sys.modules, "this", raising=False)
-    with redirect_stdout(StringIO()):  # it is a poem
-        beginning.begin(None, None, "cpu")
-    assert "this" in sys.modules
+    tried: list[str] = []
+
+    def fails(name: str) -> None:
+        tried.append(name)
+        raise error(name)
+
+    monkeypatch.setattr(beginning, "import_module", fails)
+    beginning.begin(None, None, "cpu")
+    assert tried[: len(beginning.MODULES)] == [*beginning.MODULES]
 
 
-@pytest.mark.parametrize(("given", "kept"), [({}, "4"), ({"OPENBLAS_THREAD_TIMEOUT": "20"}, "20")])
+@pytest.mark.parametrize(("given", "kept"), [(None, "4"), ("20", "20")])
 def test_numpys_threads_do_not_spin_unless_they_are_asked_to(
-    given: dict[str, str], kept: str, begun: list[object], monkeypatch: pytest.MonkeyPatch
+    given: str | None, kept: str, begun: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its library reads the variable as it is loaded."""
-    environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_THREAD_TIMEOUT"}
-    monkeypatch.setattr(os, "environ", environment | given)
+    monkeypatch.delenv("OPENBLAS_THREAD_TIMEOUT")
+    if given:
+        monkeypatch.setenv("OPENBLAS_THREAD_TIMEOUT", given)
     beginning.begin(None, None, "cpu")
     assert os.environ["OPENBLAS_THREAD_TIMEOUT"] == kept
+
+
+def test_numpy_is_imported_later() -> None:
+    """Its library reads that variable as it is loaded."""
+    code = (
+        "import sys; from rwkv_runtime import beginning, driver; from rwkv_runtime.cli import main;"
+        "driver.begin = lambda device: (print('numpy' in sys.modules), sys.exit(0)); main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "Once"], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 @pytest.mark.parametrize("vocabulary", ["missing.txt", "damaged.txt"])
@@ -221,4 +234,5 @@ def test_rwkv_run_begins_it_for_a_text_and_not_for_a_table(begun: list[object]) 
     CliRunner().invoke(command, ["--backends"])
     assert begun == []
     assert CliRunner().invoke(command, ["Once", "--device", "cpu", "-n", "1", "-q"]).exit_code == 0
+    driver.wait()
     assert begun == ["cpu", "libraries"]

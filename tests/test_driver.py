@@ -23,8 +23,11 @@ class Library:
     def __init__(self, refused: str = "") -> None:
         self.asked: list[tuple[str, int]] = []
         self.refused = refused
+        self.threads: list[str] = []
 
     def __getattr__(self, name: str) -> Callable[..., int]:
+        self.threads.append(threading.current_thread().name)
+
         def asked(*arguments: Any) -> int:
             last = arguments[-1]
             self.asked.append((name, last.value if isinstance(last, ctypes.c_int) else last))
@@ -36,6 +39,7 @@ class Library:
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> Library:
     library = Library()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
     monkeypatch.setattr(driver, "_torch_has_cuda", lambda: True)
     monkeypatch.setitem(sys.modules, "triton.runtime.cache", None)
@@ -77,11 +81,16 @@ def test_triton_hashes_itself_in_short_turns(triton: Triton, error: bool, monkey
     assert sys.getswitchinterval() == before
 
 
-@pytest.mark.parametrize("module", [None, SimpleNamespace()])
+class Broken:
+    def __getattr__(self, name: str) -> object:
+        raise OSError("it is broken")
+
+
+@pytest.mark.parametrize("module", [None, SimpleNamespace(), Broken()], ids=["absent", "other", "broken"])
 def test_one_that_cannot_is_not_told_here(
     module: object, triton: Triton, library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Because it is not there, or is another version; the driver begins all the same."""
+    """Because it is not there, is another version or is broken; the driver begins all the same."""
     monkeypatch.setitem(sys.modules, "triton.runtime.cache", module)
     driver.begin()
     driver.wait()
@@ -122,6 +131,23 @@ def test_it_makes_the_context_of_the_device_that_is_named(library: Library, devi
     driver.wait()
     assert [name for name, _ in library.asked] == ["cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain"]
     assert library.asked[:2] == [("cuInit", 0), ("cuDeviceGet", index)]
+
+
+def test_its_functions_are_looked_up_before_any_thread_begins(library: Library) -> None:
+    """Later, that may wait for libraries, and the interpreter with it."""
+    driver.begin()
+    driver.wait()
+    assert library.threads == [threading.main_thread().name] * 3
+
+
+@pytest.mark.parametrize("hidden", ["", "-1"])
+def test_nothing_begins_where_no_gpu_is_to_be_seen(
+    hidden: str, library: Library, triton: Triton, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    driver.begin()
+    driver.wait()
+    assert (library.threads, triton.hashed) == ([], [])
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:", "cuda:x", "mps", "a word", ""])

@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -256,3 +256,60 @@ def test_it_says_what_the_gpu_lacks(model: Model, monkeypatch: pytest.MonkeyPatc
 
 def test_where_it_can_be_used_it_is_taken_before_the_others(plugins: Plugins) -> None:
     assert next(iter(sorted(plugins.backends, key=lambda b: -b.priority))).name == "fused"
+
+
+class Steps(Fused):
+    """Notes what its warming up does, in place of doing it."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.steps: set[str] = set()
+        patch.setattr(fused, "_begin_triton", lambda device: self.steps.add(f"triton {device}"))
+        patch.setattr(fused, "_begin_cublas", lambda device: self.steps.add(f"cublas {device}"))
+        patch.setattr(fused, "import_module", self.steps.add)
+
+    def _begin(self, model: Model) -> None:
+        self.steps.add(f"kernels of {model.architecture.name}")
+
+
+def test_what_needs_no_model_warms_up_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = Steps(monkeypatch)
+
+    def none() -> Model:
+        raise CancelledError
+
+    with pytest.raises(CancelledError):
+        backend.warm_up(torch.device("cuda", 1), none)
+    assert backend.steps == {"triton cuda:1", "cublas cuda:1"}
+
+
+def test_kernels_warm_up_of_a_family_that_has_them(
+    architecture: Architecture, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = {"triton cuda:1", "cublas cuda:1"}
+    own = {FAMILIES[architecture.name], f"kernels of {architecture.name}"}
+    backend = Steps(monkeypatch)
+    backend.warm_up(torch.device("cuda", 1), lambda: model)
+    assert backend.steps == both | own
+    monkeypatch.setattr(architecture, "name", "foreign")
+    backend = Steps(monkeypatch)
+    backend.warm_up(torch.device("cuda", 1), lambda: model)
+    assert backend.steps == both
+
+
+def test_nothing_warms_up_on_a_cpu(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = Steps(monkeypatch)
+    backend.warm_up(CPU, lambda: model)
+    assert backend.steps == set()
+
+
+def test_one_that_cannot_is_heard_of_when_all_has_begun(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = Steps(monkeypatch)
+
+    def fails(device: torch.device) -> None:
+        raise OSError("no assembler")
+
+    monkeypatch.setattr(fused, "_begin_triton", fails)
+    with pytest.raises(OSError, match="no assembler"):
+        backend.warm_up(torch.device("cuda", 1), lambda: model)
+    assert f"kernels of {model.architecture.name}" in backend.steps

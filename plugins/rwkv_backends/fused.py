@@ -76,16 +76,18 @@ class Fused(Backend):
         return None
 
     def warm_up(self, device: torch.device, blank: Callable[[], Model]) -> None:
-        """Triton and cuBLAS begin while kernels are imported. Then these are loaded, one after another."""
+        """Triton and cuBLAS begin while the file is opened and kernels are imported. Then these are loaded, one after
+        another."""
         if device.type == "cuda":
             with ThreadPoolExecutor(2) as beside:
-                beside.submit(_begin_triton)
-                beside.submit(_begin_cublas, device)
+                begun = [beside.submit(begin, device) for begin in (_begin_triton, _begin_cublas)]
                 model = blank()
                 if model.architecture.name not in FAMILIES:
                     return
                 import_module(FAMILIES[model.architecture.name])
             self._begin(model)
+            for one in begun:
+                one.result()
 
     def forward(self, model: Model) -> Forward:
         forward = self._family(model)
@@ -176,16 +178,16 @@ def free_bytes(device: torch.device) -> int:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def _begin_triton() -> None:
-    """What it does before its first kernel, and keeps: a hash of its 400 MB, which a Triton that has it elsewhere makes
-    then, a driver, and its assembler's version."""
+def _begin_triton(device: torch.device) -> None:
+    """What it does before its first kernel, and keeps: a hash of its 400 MB, a driver, and its assembler's version."""
     from triton.compiler import make_backend
     from triton.runtime import cache, driver
 
-    key = getattr(cache, "triton_key", None)
+    key = getattr(cache, "triton_key", None)  # other versions have it elsewhere
     if key is not None:
         key()
-    make_backend(driver.active.get_current_target()).hash()
+    with torch.cuda.device(device):
+        make_backend(driver.active.get_current_target()).hash()
 
 
 def _begin_cublas(device: torch.device) -> None:
