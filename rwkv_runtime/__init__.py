@@ -28,9 +28,10 @@ if TYPE_CHECKING:
         VocabularyError,
     )
     from rwkv_runtime.hooks import hookimpl
+    from rwkv_runtime.loading import load
     from rwkv_runtime.model import Architecture, Model, ModelConfig, Place
     from rwkv_runtime.plugins import Plugins
-    from rwkv_runtime.runtime import Runtime, load
+    from rwkv_runtime.runtime import Runtime
     from rwkv_runtime.sampler import Chain, Param, Sampler
     from rwkv_runtime.state import State, TensorSpec
     from rwkv_runtime.tokenizer import Tokenizer
@@ -51,9 +52,10 @@ _HOME = {
         "VocabularyError",
     ),
     "hooks": ("hookimpl",),
+    "loading": ("load",),
     "model": ("Architecture", "Model", "ModelConfig", "Place"),
     "plugins": ("Plugins",),
-    "runtime": ("Runtime", "load"),
+    "runtime": ("Runtime",),
     "sampler": ("Chain", "Param", "Sampler"),
     "state": ("State", "TensorSpec"),
     "tokenizer": ("Tokenizer",),
@@ -75,13 +77,13 @@ __all__ = [  # noqa: RUF022  (in the order of _HOME, which a test holds)
     "StateError",
     "VocabularyError",
     "hookimpl",
+    "load",
     "Architecture",
     "Model",
     "ModelConfig",
     "Place",
     "Plugins",
     "Runtime",
-    "load",
     "Chain",
     "Param",
     "Sampler",

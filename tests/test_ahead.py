@@ -1,33 +1,26 @@
-"""Weights that threads bring to the device, and a backend that warms up meanwhile."""
+"""Weights that threads bring to the device."""
 
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
-from concurrent.futures import CancelledError
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from helpers import CPU, Tensors, apart, built, logits_of, tokens_of
-from rwkv_backends.eager import Eager
 from safetensors.torch import save_file
 
 import rwkv_runtime
-from rwkv_runtime import Architecture, CheckpointError, Model, Plugins, Tokenizer, ahead, driver, runtime
+from rwkv_runtime import Architecture, CheckpointError, Plugins, ahead
 from rwkv_runtime.ahead import Ahead
-from rwkv_runtime.blank import IDS, blank_model
-from rwkv_runtime.checkpoint import build_model, open_tensors
+from rwkv_runtime.checkpoint import open_tensors
 from rwkv_runtime.mapped import Mapped, Reader
-from rwkv_runtime.runtime import _room
 
 TOKENS = tokens_of(20)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
@@ -107,144 +100,6 @@ def test_what_fails_stops_the_threads() -> None:
     with pytest.raises(KeyboardInterrupt), Ahead({"a": torch.zeros(1 << 20)}, CPU):
         raise KeyboardInterrupt
     assert threading.active_count() == before
-
-
-class WarmsUp(Eager):
-    name = "warm"
-    priority = 99
-
-    def __init__(self) -> None:
-        self.begun = threading.Event()
-        self.calls: list[tuple[str, str, bool]] = []
-        self.collecting: bool | None = None
-
-    def warm_up(self, device: torch.device, blank: Callable[[], Model]) -> None:
-        self.begun.set()
-        architecture = blank().architecture
-        assert blank().config.n_layer == 2
-        self.collecting = gc.isenabled()
-        beside = threading.current_thread() is not threading.main_thread()
-        self.calls.append((architecture.name, device.type, beside))
-        raise RuntimeError("it is told to who asks")
-
-
-def test_the_backend_to_be_used_warms_up_while_a_model_is_loaded(
-    checkpoint: Tensors,
-    architecture: Architecture,
-    tokenizer: Tokenizer,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    plugins, backend = Plugins.load(), WarmsUp()
-    plugins.backends.add(backend, "test")
-    torch.save(checkpoint, tmp_path / "model.pth")
-    tokenizer.to_file(tmp_path / "model.vocab.txt")
-    with caplog.at_level(logging.DEBUG, "rwkv_runtime"):
-        loaded = rwkv_runtime.load(tmp_path / "model.pth", device="cpu", plugins=plugins)
-    assert backend.calls == [(architecture.name, "cpu", True)]
-    assert loaded.backend is backend
-    assert caplog.messages == ["backend warm cannot warm up: it is told to who asks"]
-    assert (backend.collecting, gc.isenabled()) == (False, True)
-    rwkv_runtime.load(tmp_path / "model.pth", device="cpu", backend="eager", plugins=plugins)
-    assert len(backend.calls) == 1
-
-
-class Awaits(WarmsUp):
-    """Has begun before a file is opened, and then is told whether there is a model."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.told: list[str] = []
-        self.ended = threading.Event()
-
-    def warm_up(self, device: torch.device, blank: Callable[[], Model]) -> None:
-        self.begun.set()
-        try:
-            self.told.append(blank().architecture.name)
-        except CancelledError:
-            self.told.append("cancelled")
-            raise
-        finally:
-            self.ended.set()
-
-
-@pytest.mark.parametrize("room", [True, False])
-def test_what_warms_up_begins_before_the_file_is_open(
-    room: bool,
-    checkpoint: Tensors,
-    architecture: Architecture,
-    tokenizer: Tokenizer,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    plugins, backend = Plugins.load(), Awaits()
-    plugins.backends.add(backend, "test")
-    torch.save(checkpoint, tmp_path / "model.pth")
-    tokenizer.to_file(tmp_path / "model.vocab.txt")
-
-    def opened(path: Path) -> dict[str, torch.Tensor]:
-        assert backend.begun.wait(20)
-        assert backend.told == []
-        return open_tensors(path)
-
-    def built(*arguments: Any) -> Model:
-        assert backend.ended.wait(20)  # before the model is made
-        return build_model(*arguments)
-
-    monkeypatch.setattr(runtime, "open_tensors", opened)
-    monkeypatch.setattr(runtime, "build_model", built)
-    monkeypatch.setattr(runtime, "_room", lambda tensors, device: room)
-    rwkv_runtime.load(tmp_path / "model.pth", device="cpu", plugins=plugins)
-    assert backend.told == [architecture.name if room else "cancelled"]
-
-
-def test_a_file_that_is_no_checkpoint_keeps_nobody_waiting(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    plugins, backend, told = Plugins.load(), Awaits(), list[CheckpointError]()
-    plugins.backends.add(backend, "test")
-    (tmp_path / "model.pth").write_text("no checkpoint")
-
-    def load() -> None:
-        with pytest.raises(CheckpointError, match="not a checkpoint") as error:
-            rwkv_runtime.load(tmp_path / "model.pth", device="cpu", plugins=plugins)
-        told.append(error.value)
-
-    thread = threading.Thread(target=load, daemon=True)
-    with caplog.at_level(logging.DEBUG, "rwkv_runtime"):
-        thread.start()
-        thread.join(20)
-    assert (len(told), backend.told, caplog.messages) == (1, ["cancelled"], [])
-
-
-def test_a_wrong_name_waits_for_nothing_to_warm_up(tmp_path: Path) -> None:
-    plugins, backend = Plugins.load(), Awaits()
-    plugins.backends.add(backend, "test")
-    with pytest.raises(CheckpointError, match="no such file"):
-        rwkv_runtime.load(tmp_path / "model.pth", device="cpu", plugins=plugins)
-    assert not backend.begun.is_set()
-
-
-def test_only_a_backend_that_warms_up_waits_for_what_was_begun(
-    checkpoint: Tensors, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plugins, backend, waited = Plugins.load(), WarmsUp(), list[int]()
-    plugins.backends.add(backend, "test")
-    torch.save(checkpoint, tmp_path / "model.pth")
-    tokenizer.to_file(tmp_path / "model.vocab.txt")
-    monkeypatch.setattr(driver, "wait", lambda: waited.append(len(backend.calls)))
-    rwkv_runtime.load(tmp_path / "model.pth", device="cpu", backend="eager", plugins=plugins)
-    assert waited == []
-    rwkv_runtime.load(tmp_path / "model.pth", device="cpu", plugins=plugins)
-    assert (waited, len(backend.calls)) == ([0], 1)
-
-
-@pytest.mark.parametrize(("free", "room"), [(1249, False), (1250, False), (1251, True)])
-def test_there_is_no_blank_model_where_a_gpu_has_hardly_room_for_the_weights(
-    free: int, room: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10_000))
-    tensors = {"a": torch.zeros(400, dtype=torch.uint8), "b": torch.zeros(600, dtype=torch.uint8)}
-    assert _room(tensors, torch.device("cuda", 1)) is room
-    assert _room(tensors, CPU)
 
 
 def test_numbers_in_another_order_are_not_taken_for_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -405,13 +260,3 @@ def test_a_large_model_on_a_gpu_is_that_of_the_cpu(architecture: Architecture, t
     torch.save(architecture.random(architecture.sizes(2, 1024, 65536)), tmp_path / "model.pth")
     ours, theirs = (rwkv_runtime.load(tmp_path / "model.pth", device=d, backend="eager") for d in ("cuda", "cpu"))
     assert apart(ours.logits(TOKENS).cpu(), theirs.logits(TOKENS)) < 1e-3
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_blank_model_is_like_the_real_one_but_small(architecture: Architecture, dtype: torch.dtype) -> None:
-    tensors = architecture.random(architecture.sizes(4, 64, 5 * 64, 16))
-    config = architecture.config({name: tuple(t.shape) for name, t in tensors.items()})
-    blank = blank_model(tensors, architecture, config, CPU, dtype, torch.float32)
-    assert (blank.config.n_layer, blank.config.n_embd, blank.dtype) == (2, 64, dtype)
-    logits = Eager().forward(blank)(torch.zeros(1, 3, dtype=torch.int64), blank.new_state())
-    assert logits.tolist() == [[0.0] * IDS]

@@ -29,6 +29,7 @@ LEVELS = (
     {"flight"},
     {"engine"},
     {"runtime"},
+    {"loading"},
 )
 """A module imports from lower levels only. What is not named here (`cli`, `testing`) is above them all."""
 HOOKS = [name for name in vars(hooks) if name.startswith("rwkv_")]

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from rwkv_runtime import Plugins, Tokenizer
 from rwkv_runtime.cli import command
 from rwkv_runtime.embedded import OPENING
-from rwkv_runtime.runtime import load
+from rwkv_runtime.loading import load
 from rwkv_runtime.snapshot import load_snapshot
 
 LENGTH = ["--max-tokens", "12", "--seed", "7"]

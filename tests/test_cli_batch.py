@@ -17,7 +17,8 @@ from cli_runs import rwkv_run, save_tiny_model, started, wait_for
 from click.testing import Result
 
 from rwkv_runtime.cli.lock import lock
-from rwkv_runtime.runtime import Runtime, load
+from rwkv_runtime.loading import load
+from rwkv_runtime.runtime import Runtime
 
 LENGTH = ["--max-tokens", "12", "--seed", "7"]
 HELLO = b'"Hello"\n"Once"\n'

@@ -20,7 +20,7 @@ from helpers import byte_tokenizer
 from rwkv_runtime.cli.chat import HELP
 from rwkv_runtime.engine import Engine
 from rwkv_runtime.generation import Request
-from rwkv_runtime.runtime import load
+from rwkv_runtime.loading import load
 from rwkv_runtime.snapshot import load_snapshot
 
 LENGTH = ["--max-tokens", "12", "--seed", "7"]

@@ -119,7 +119,7 @@ def reader(story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         embedded_model()
     except CheckpointError:  # the package does not hold its model in this checkout
         environ["RWKV_RUN_MODEL"] = "model.pth"
-        monkeypatch.setattr("rwkv_runtime.runtime.embedded_model", lambda: story)
+        monkeypatch.setattr("rwkv_runtime.loading.embedded_model", lambda: story)
     before = set(sys.modules)
     yield Reader(tmp_path, environ, monkeypatch)
     for name in set(sys.modules) - before:

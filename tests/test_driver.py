@@ -20,9 +20,9 @@ from rwkv_runtime import driver
 class Library:
     """A driver that notes what is asked of it, and refuses one thing."""
 
-    def __init__(self, refused: str = "") -> None:
+    def __init__(self) -> None:
         self.asked: list[tuple[str, int]] = []
-        self.refused = refused
+        self.refused = ""
         self.threads: list[str] = []
 
     def __getattr__(self, name: str) -> Callable[..., int]:

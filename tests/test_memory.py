@@ -34,7 +34,7 @@ LOADED = """
 import resource, torch
 from helpers import tiny_config
 from rwkv_runtime.checkpoint import build_model
-from rwkv_runtime.runtime import load_plugins
+from rwkv_runtime.loading import load_plugins
 architectures = load_plugins().architectures
 architecture = architectures.get("rwkv6")
 build_model(architecture.random(tiny_config(architecture)), architectures, torch.device("cpu"))

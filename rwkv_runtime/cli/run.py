@@ -23,8 +23,9 @@ from rwkv_runtime.embedded import OPENING
 from rwkv_runtime.engine import Engine
 from rwkv_runtime.errors import OptionError, RwkvError
 from rwkv_runtime.generation import Generation, Request
+from rwkv_runtime.loading import load, load_plugins
 from rwkv_runtime.plugins import Plugins
-from rwkv_runtime.runtime import Runtime, load, load_plugins
+from rwkv_runtime.runtime import Runtime
 from rwkv_runtime.snapshot import Snapshot
 
 CANDIDATES = 8
