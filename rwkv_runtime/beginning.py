@@ -15,8 +15,10 @@ from rwkv_runtime.errors import VocabularyError
 
 LIBRARIES = ("libtorch_global_deps.so", "libtorch.so")
 """torch's own, in its order, with all that they depend on; what the first has, all may use."""
-MODULES = ("torchgen.model", "unittest.mock")
-"""Large ones that torch imports and that need nothing of it."""
+WITH_LIBRARIES = ("asyncio", "binascii", "csv", "datetime", "hashlib", "inspect", "unicodedata")
+"""Of what is imported next, all that has a library of its own, or is one: such wait while others are mapped."""
+MODULES = ("torchgen.model", "unittest.mock", "importlib.metadata", "pluggy", "pynvml", "tqdm", "urllib.request")
+"""That torch or `load` imports, where they are installed, and that need nothing of torch."""
 OF_TRITON = ("triton.experimental.gluon",)
 """What Triton imports before its first kernel."""
 
@@ -32,11 +34,16 @@ def begin(model: str | os.PathLike[str] | None, vocab: str | os.PathLike[str] | 
     from rwkv_runtime.tokenizer import load_tokenizer
     from rwkv_runtime.vocabulary import expected_vocabulary
 
-    driver.Beginning(map_libraries).start()  # after what this thread imports: one library is loaded at a time
+    _import(WITH_LIBRARIES)
+    driver.Beginning(map_libraries).start()
     if model is not None:  # the embedded model's is small
         with suppress(VocabularyError, OSError, ValueError):
             load_tokenizer(expected_vocabulary(model, vocab))
-    for name in (*MODULES, *(OF_TRITON if "triton" in sys.modules else ())):
+    _import((*MODULES, *(OF_TRITON if "triton" in sys.modules else ())))
+
+
+def _import(names: tuple[str, ...]) -> None:
+    for name in names:
         with suppress(Exception):  # who needs it imports it again, and tells what is wrong
             import_module(name)
 

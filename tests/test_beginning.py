@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import dedent
 from types import ModuleType
 
 import pytest
@@ -80,16 +81,49 @@ def test_the_embedded_models_vocabulary_is_not_read_before(
     assert (begun, files) == ([None, "libraries"], [])
 
 
-def test_modules_are_imported_that_torch_imports_and_that_do_not_import_it() -> None:
+def test_modules_are_imported_that_a_load_imports_and_that_do_not_import_torch() -> None:
     """On their own, they cost what they save."""
-    before = "from rwkv_runtime import beginning, driver; beginning.map_libraries = lambda: None; "
-    after = "import sys; print({*beginning.MODULES} <= {*sys.modules}, 'torch' in sys.modules)"
+    before = (
+        "import sys; from importlib.util import find_spec; from rwkv_runtime import beginning, driver;"
+        "beginning.map_libraries = lambda: None; "
+    )
+    installed = "{name for name in beginning.MODULES if find_spec(name)}"
+    after = f"print({installed} - {{*sys.modules}}, 'torch' in sys.modules)"
     for code, seen in (
-        (f"beginning.begin(None, None, 'cpu'); {after}", "True False"),
-        (f"import torch; {after}", "True True"),
+        (f"beginning.begin(None, None, 'cpu'); {after}", "set() False"),
+        (f"import rwkv_runtime; rwkv_runtime.load; {after}", "set() True"),
     ):
         done = subprocess.run([sys.executable, "-c", before + code], capture_output=True, text=True, check=True)
         assert done.stdout.strip() == seen
+
+
+@pytest.mark.parametrize("triton", [True, False])
+def test_nothing_that_has_a_library_is_imported_while_others_are_mapped(triton: bool) -> None:
+    """It would wait for them, and hold the interpreter."""
+    if triton:
+        pytest.importorskip("triton")
+    code = f"""
+        from importlib import import_module
+        from importlib.machinery import ExtensionFileLoader
+        from rwkv_runtime import beginning, driver
+
+        begun, loaded, create = [], [], ExtensionFileLoader.create_module
+
+        def noted(self, spec):
+            loaded.extend([spec.name] if begun else [])
+            return create(self, spec)
+
+        class Mapping(driver.Beginning):
+            def start(self):
+                begun.append(self)
+
+        driver.Beginning, ExtensionFileLoader.create_module = Mapping, noted
+        driver.begin = lambda device: import_module("triton.runtime.cache") if {triton} else None
+        beginning.begin("no.pth", None, None)
+        print(len(begun), loaded)
+    """
+    done = subprocess.run([sys.executable, "-c", dedent(code)], capture_output=True, text=True, check=True)
+    assert done.stdout == "1 []\n"
 
 
 @pytest.mark.parametrize("triton", [True, False])
@@ -102,7 +136,8 @@ def test_what_triton_imports_is_imported_where_it_has_begun(
     if triton:
         monkeypatch.setitem(sys.modules, "triton", ModuleType("triton"))
     beginning.begin(None, None, "cuda")
-    assert imported == [*beginning.MODULES, *(beginning.OF_TRITON if triton else ())]
+    after = [*beginning.MODULES, *(beginning.OF_TRITON if triton else ())]
+    assert imported == [*beginning.WITH_LIBRARIES, *after]
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -132,7 +167,8 @@ def test_one_that_cannot_be_imported_is_told_by_who_needs_it(
 
     monkeypatch.setattr(beginning, "import_module", fails)
     beginning.begin(None, None, "cpu")
-    assert tried[: len(beginning.MODULES)] == [*beginning.MODULES]
+    before = [*beginning.WITH_LIBRARIES, *beginning.MODULES]
+    assert tried[: len(before)] == before
 
 
 @pytest.mark.parametrize(("given", "kept"), [(None, "4"), ("20", "20")])
