@@ -24,7 +24,7 @@ from rwkv_runtime import BackendError
 SOURCES = Path(__file__).parent
 MACHINES = {"x86_64": "-march=native", "aarch64": "-mcpu=native"}
 """The processors there is code for, and what tells a compiler to use all that this one can do."""
-OPTIONS = ("-std=gnu11", "-O2", "-ftree-vectorize", "-fno-math-errno", "-fPIC", "-shared")
+OPTIONS = ("-std=gnu11", "-O2", "-ftree-vectorize", "-fno-math-errno", "-ffp-contract=off", "-fPIC", "-shared")
 SECONDS = 120
 
 

@@ -55,7 +55,7 @@ INLINE floats few_weights_at(int dtype, const char *w, int64_t i, int64_t count)
     return count < LANES ? few_as(dtype, w, i, count) : many_as(dtype, w, i);
 }
 INLINE floats plus(int dtype, floats sum, floats weights, floats vector) {
-    return in_pairs(dtype) ? plus_pairs(sum, weights, vector) : sum + weights * vector;
+    return in_pairs(dtype) ? plus_pairs(sum, weights, vector) : plus_product(sum, weights, vector);
 }
 
 /* A row's sum is made of the sums of units of it, whatever the number of vectors. Each of these is made of several, of
@@ -195,7 +195,7 @@ INLINE void columns(int dtype, int G, int B, const char *w, int64_t pitch, int64
     for (int64_t r = 0; r < rows; r++)
         UNROLL for (int g = 0; g < G; g++) {
             floats weight = many_as(dtype, w + r * pitch, g * LANES);
-            UNROLL for (int b = 0; b < B; b++) acc[g][b] += weight * x[b * apart + r];
+            UNROLL for (int b = 0; b < B; b++) acc[g][b] = plus_product(acc[g][b], weight, all(x[b * apart + r]));
         }
     UNROLL for (int g = 0; g < G; g++) UNROLL for (int b = 0; b < B; b++)
         put(out + b * out_apart + g * LANES, acc[g][b]);
@@ -220,7 +220,7 @@ INLINE void columns_times(int dtype, const struct matrix *m, int64_t top, int64_
             float rest[LANES] = {0};
             for (int64_t j = c; j < last; j++) rest[j - c] = out[b * m->cols + j];
             for (int64_t r = 0; r < rows; r++)
-                put(rest, get(rest) + few_as(dtype, w + r * pitch, c, last - c) * x[b * apart + r]);
+                put(rest, plus_product(get(rest), few_as(dtype, w + r * pitch, c, last - c), all(x[b * apart + r])));
             for (int64_t j = c; j < last; j++) out[b * m->cols + j] = rest[j - c];
         }
 }

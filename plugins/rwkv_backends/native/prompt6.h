@@ -33,14 +33,14 @@ INLINE void put_many(int dtype, void *p, int64_t i, floats x) {
 INLINE void token(const float *r, const float *w, const float *k, const floats *v, const float *bonus, float *S,
                   floats *o) {
     floats strength = {0};
-    for (int i = 0; i < HEAD; i += LANES) strength += get(r + i) * get(bonus + i) * get(k + i);
+    for (int i = 0; i < HEAD; i += LANES) strength = plus_product(strength, get(r + i) * get(bonus + i), get(k + i));
     float direct = sum(strength);
     EACH_PART o[j] = direct * v[j];
     for (int i = 0; i < HEAD; i++)
         EACH_PART {
             floats old = get(S + i * HEAD + j * LANES);
-            o[j] += r[i] * old;
-            put(S + i * HEAD + j * LANES, w[i] * old + k[i] * v[j]);
+            o[j] = plus_product(o[j], all(r[i]), old);
+            put(S + i * HEAD + j * LANES, plus_product(w[i] * old, all(k[i]), v[j]));
         }
 }
 

@@ -91,8 +91,8 @@ static void wkv(const float *r, const float *w, const float *k, const float *v, 
     for (int64_t i = 0; i < N; i++)
         for (int64_t j = 0; j < N; j++) {
             float old = S[i * N + j];
-            o[j] += r[i] * old;
-            S[i * N + j] = w[i] * old + k[i] * v[j];
+            o[j] = plus_product_of_one(o[j], r[i], old);
+            S[i * N + j] = plus_product_of_one(w[i] * old, k[i], v[j]);
         }
 }
 

@@ -100,13 +100,13 @@ static void wkv(const float *r, const float *w, const float *k, const float *v, 
                 float *restrict seen, float *restrict S, float *restrict o, int64_t N) {
     for (int64_t j = 0; j < N; j++) seen[j] = o[j] = 0;
     for (int64_t i = 0; i < N; i++)
-        for (int64_t j = 0; j < N; j++) seen[j] -= kappa[i] * S[i * N + j];
+        for (int64_t j = 0; j < N; j++) seen[j] = plus_product_of_one(seen[j], -kappa[i], S[i * N + j]);
     for (int64_t i = 0; i < N; i++) {
         float back = kappa[i] * rate[i];
         for (int64_t j = 0; j < N; j++) {
-            float now = w[i] * S[i * N + j] + back * seen[j] + k[i] * v[j];
+            float now = plus_product_of_one(plus_product_of_one(w[i] * S[i * N + j], back, seen[j]), k[i], v[j]);
             S[i * N + j] = now;
-            o[j] += r[i] * now;
+            o[j] = plus_product_of_one(o[j], r[i], now);
         }
     }
 }

@@ -6,6 +6,8 @@
 #include <stdint.h>
 #if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if defined(__AVX512F__)
@@ -34,6 +36,27 @@ INLINE void put(float *p, floats v) { *(floats_at *)p = v; }
 INLINE floats all(float x) { return x - (floats){0}; }
 INLINE floats choose(ints yes, floats a, floats b) { return (floats)((yes & (ints)a) | (~yes & (ints)b)); }
 
+/* sum + a b, rounded once where the processor can. Compilers make none of their own (-ffp-contract=off): whether they
+   would depends on what is around it, and a row's sum is to be the same beside any number of others. */
+INLINE floats plus_product(floats sum, floats a, floats b) {
+#if LANES == 16
+    return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif LANES == 8 && defined(__FMA__)
+    return (floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#elif defined(__aarch64__)
+    return (floats)vfmaq_f32((float32x4_t)sum, (float32x4_t)a, (float32x4_t)b);
+#else
+    return sum + a * b;
+#endif
+}
+INLINE float plus_product_of_one(float sum, float a, float b) {
+#if defined(__FMA__) || defined(__aarch64__)
+    return __builtin_fmaf(a, b, sum);
+#else
+    return sum + a * b;
+#endif
+}
+
 INLINE float sum(floats v) {
 #if LANES == 16
     return _mm512_reduce_add_ps((__m512)v);
@@ -51,17 +74,18 @@ INLINE float sum(floats v) {
 INLINE floats exponential(floats x) {
     floats bounded = choose(x < all(-87.3f), all(-87.3f), x);
     bounded = choose(bounded > all(88.3f), all(88.3f), bounded);
-    floats shifted = bounded * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: rounds to whole numbers */
+    /* 1.5 * 2^23: rounds to whole numbers */
+    floats shifted = plus_product(all(12582912.0f), bounded, all(1.44269504f));
     floats n = shifted - 12582912.0f;
-    floats r = bounded - n * 0.693359375f;
-    r = r + n * 2.12194440e-4f;
+    floats r = plus_product(bounded, n, all(-0.693359375f));
+    r = plus_product(r, n, all(2.12194440e-4f));
     floats p = all(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
+    p = plus_product(all(1.3981999507e-3f), p, r);
+    p = plus_product(all(8.3334519073e-3f), p, r);
+    p = plus_product(all(4.1665795894e-2f), p, r);
+    p = plus_product(all(1.6666665459e-1f), p, r);
+    p = plus_product(all(5.0000001201e-1f), p, r);
+    p = plus_product(r, p * r, r) + 1.0f;
     ints power = __builtin_convertvector(n, ints) << 23;
     return choose(x == x, (floats)((ints)p + power), x);
 }
