@@ -22,7 +22,7 @@ PROCESSORS = {"this": (), "without bfloat16": ("-DNO_BFLOAT16_DOT",)}
 if platform.machine() == "x86_64":  # each runs on all later ones; none of these has more than this one
     PROCESSORS |= {"x86-64": ("-march=x86-64",)}
     if "AVX512" in torch.backends.cpu.get_cpu_capability():
-        # For a Zen 3 gcc does without some of the products that are added in one rounding.
+        # As for a Zen 3, for which gcc would add some products in one rounding and others in two.
         zen3 = ("-march=x86-64-v3", "-mtune=znver3")
         PROCESSORS |= {"x86-64-v3": zen3, "x86-64-v4": ("-march=x86-64-v4",)}
 ROUNDED = 6e-3

@@ -55,9 +55,7 @@ class WarmsUp(Eager):
 
 
 def test_the_backend_to_be_used_warms_up_while_a_model_is_loaded(
-    saved: Path,
-    architecture: Architecture,
-    caplog: pytest.LogCaptureFixture,
+    saved: Path, architecture: Architecture, caplog: pytest.LogCaptureFixture
 ) -> None:
     backend = WarmsUp()
     plugins = plugins_with(backend)
@@ -92,10 +90,7 @@ class Awaits(WarmsUp):
 
 @pytest.mark.parametrize("room", [True, False])
 def test_what_warms_up_begins_before_the_file_is_open(
-    room: bool,
-    saved: Path,
-    architecture: Architecture,
-    monkeypatch: pytest.MonkeyPatch,
+    room: bool, saved: Path, architecture: Architecture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend = Awaits()
     plugins = plugins_with(backend)

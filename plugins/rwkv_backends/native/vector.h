@@ -4,7 +4,7 @@
 
 #pragma once
 #include <stdint.h>
-#if defined(__AVX512F__) || defined(__F16C__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
